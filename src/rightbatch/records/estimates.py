@@ -1,0 +1,191 @@
+"""What the fits concluded from measurements: values with intervals and a status, never a bare number."""
+
+from enum import StrEnum
+from typing import Literal
+
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from rightbatch.records.measurements import MemoryLimit, MemoryPoint
+from rightbatch.records.record import Record
+
+
+class Status(StrEnum):
+    """How far an estimate can be trusted."""
+
+    OK = "ok"
+    AT_LEAST = "at_least"
+    """Only the lower end is known: ``low`` is meaningful, ``high`` is none."""
+    INDETERMINATE = "indeterminate"
+    """The signal is below the noise, or nothing was measured."""
+    UNSTABLE = "unstable"
+    """Something else used the machine, or repeated measurements disagree."""
+    INCONSISTENT = "inconsistent"
+    """The model behind the estimate does not describe the measurements."""
+    NON_FINITE = "non_finite"
+    NO_GRADIENT = "no_gradient"
+    NOTHING_FITS = "nothing_fits"
+
+
+class Estimate(Record):
+    """A value with a 95 % interval, the number of observations behind it, and a status."""
+
+    value: float | None
+    """None when nothing can be said about the value."""
+    low: float | None
+    """Lower end of the interval; none when unbounded."""
+    high: float | None
+    """Upper end of the interval; none when unbounded."""
+    n: NonNegativeInt
+    status: Status = Status.OK
+
+
+class MemoryShare(Record):
+    """Bytes of one kind of memory at the peak of the largest size that ran."""
+
+    name: Literal["parameters", "gradients", "optimizer state", "buffers", "inputs", "activations and temporaries"]
+    size_bytes: NonNegativeInt
+
+
+class MemoryCurve(Record):
+    """Memory as a function of the micro-batch size, and the largest size that fits."""
+
+    status: Status
+    ceiling: PositiveInt | None
+    """Memory ceiling: the largest micro-batch that ran within the limit; none when not even one sample fits."""
+    ceiling_is_limit: bool
+    """Whether memory stopped the search (else the dataset, ``--max-batch`` or the budget did: the ceiling is at least this)."""
+    predicted_ceiling: PositiveInt | None
+    """Largest size the calibrated trace lets fit (extrapolated beyond ``ceiling``); none without a trace."""
+    stopped_by: Literal["limit", "cap", "budget", "failure"]
+    largest_allowed: PositiveInt
+    largest_allowed_source: Literal["dataset", "--max-batch"]
+    limit: MemoryLimit
+    calibration_scale: float | None
+    """a in used = a * trace(b) + c."""
+    calibration_offset_bytes: float | None
+    """c in used = a * trace(b) + c."""
+    calibration_error: NonNegativeFloat | None
+    """Largest relative distance between a measured and a calibrated size."""
+    bytes_at_one: NonNegativeInt
+    """Predicted use at one sample."""
+    points: tuple[MemoryPoint, ...]
+    curve: tuple[tuple[PositiveInt, NonNegativeInt], ...]
+    """(micro-batch size, predicted used bytes), for drawing."""
+    shares: tuple[MemoryShare, ...]
+    peak_module: str
+    peak_operation: str
+    recorded_on: Literal["device", "cpu", "meta", "none"]
+    allocator: str
+    remarks: tuple[str, ...] = ()
+
+
+class ThroughputPoint(Record):
+    """Step time and throughput measured at one micro-batch size."""
+
+    micro_batch_size: PositiveInt
+    step_time_s: Estimate
+    samples_per_s: Estimate
+    fitted_step_time_s: PositiveFloat | None = None
+    energy_per_step_j: PositiveFloat | None = None
+
+
+class StepTimeCurve(Record):
+    """Step time as a function of the micro-batch size: t(b) = (t0**p + (b / tau)**p)**(1/p)."""
+
+    status: Status
+    reasons: tuple[str, ...]
+    """Why the status is not ``ok``; empty otherwise."""
+    points: tuple[ThroughputPoint, ...]
+    fixed_time_s: NonNegativeFloat | None
+    """t0: what a step costs however small the batch is."""
+    saturated_samples_per_s: PositiveFloat | None
+    """tau: the throughput that ever larger batches approach."""
+    exponent: PositiveFloat | None
+    """p >= 1: how sharply the two regimes meet; 1 is the affine law."""
+    fit_error: NonNegativeFloat | None
+    """Largest relative distance between a measured and a fitted step time."""
+    half_saturation: PositiveFloat | None
+    """b_half = t0 * tau: the size at which the two regimes meet."""
+    knee: PositiveInt | None
+    """Smallest measured size within 3 % of the best throughput."""
+    best: PositiveInt | None
+    """Measured size with the best throughput."""
+    optimizer_time_s: NonNegativeFloat
+    """Seconds of one optimizer step apart from forward and backward."""
+
+
+class LoaderThroughput(Record):
+    num_workers: NonNegativeInt
+    samples_per_s: Estimate
+
+
+class LoaderCurve(Record):
+    """Throughput of the data loader alone by number of workers."""
+
+    points: tuple[LoaderThroughput, ...]
+    num_workers: NonNegativeInt
+    """The number the plan uses: the workload's own, or the smallest within 5 % of the best."""
+    samples_per_s: Estimate
+    """At ``num_workers``."""
+    status: Status = Status.OK
+    remark: str = ""
+
+
+class NoiseSnapshot(Record):
+    """The simple noise scale at one set of frozen parameters."""
+
+    samples_seen: NonNegativeInt
+    noise_scale: Estimate
+    grad_sq_norm: Estimate
+    """Squared norm of the true gradient, unbiased; may be negative when the signal is below the noise."""
+    grad_noise_trace: Estimate
+    """Trace of the covariance of a single sample's gradient, unbiased."""
+    micro_batch_size: PositiveInt
+    micro_batch_count: PositiveInt
+
+
+class NoiseScale(Record):
+    """The simple noise scale B_simple = tr Sigma / |G|**2 of the run, in samples."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: NonNegativeInt
+    """Per-sample gradients averaged in all snapshots together."""
+    status: Status
+    snapshots: tuple[NoiseSnapshot, ...]
+    pilot_samples: NonNegativeInt
+    remarks: tuple[str, ...] = ()
+    """What limits the estimate and what to do about it."""
+
+
+class TradeoffPoint(Record):
+    """What one global batch size is predicted to cost until the target, relative to the best candidate for time."""
+
+    global_batch_size: PositiveInt
+    micro_batch_size: PositiveInt
+    accumulation_steps: PositiveInt
+    evidence: Literal["measured", "composed", "extrapolated"]
+    """``measured``: this very step was timed; ``composed``: accumulation of timed micro-batches; ``extrapolated``: from the fit."""
+    step_time_s: PositiveFloat
+    """Seconds between optimizer steps, the data loader's limit included."""
+    samples_per_s: PositiveFloat
+    loader_bound: bool
+    relative_time: Estimate
+    """Time to target over that of the best size, draw by draw: mean and 90 % interval."""
+    relative_samples: Estimate
+    """Samples to target over the least possible: mean and 90 % interval."""
+    relative_energy: Estimate | None = None
+    regret: NonNegativeFloat
+    """Expected excess of the objective over that of the best size."""
+
+
+class Tradeoff(Record):
+    """Predicted cost of every candidate size, and the belief about the critical batch size behind it."""
+
+    status: Status
+    critical_batch_size: Estimate
+    """B_crit: posterior median and 90 % interval, in samples."""
+    points: tuple[TradeoffPoint, ...]
+    """In ascending order of the global batch size."""
+    remarks: tuple[str, ...] = ()

@@ -1,0 +1,231 @@
+"""What the probes measured: raw numbers, nothing concluded."""
+
+from enum import StrEnum
+from typing import Literal
+
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from rightbatch.records.record import Record
+
+
+class Outcome(StrEnum):
+    """How one attempt at a size ended."""
+
+    RAN = "ran"
+    OUT_OF_MEMORY = "out_of_memory"
+    KILLED = "killed"
+    OVER_LIMIT = "over_limit"
+    """It ran, but used more than the limit allows."""
+
+
+class LiveMoment(Record):
+    """One moment of a training step: the bytes live then, as a polynomial of the micro-batch size b.
+
+    live bytes(b) = fixed_bytes + per_sample_bytes * b + per_sample_squared_bytes * b**2
+    """
+
+    fixed_bytes: int
+    per_sample_bytes: int
+    per_sample_squared_bytes: int = 0
+    module: str
+    """Qualified name of the module that ran; empty outside any module."""
+    operation: str
+    """The operation whose allocation made the moment, such as ``aten.convolution``."""
+
+
+class MemoryTrace(Record):
+    """Allocations of two optimizer steps, recorded at small sizes and reduced to the moments that can be the peak."""
+
+    batch_sizes: tuple[PositiveInt, ...]
+    """Micro-batch sizes that were recorded."""
+    recorded_on: Literal["device", "cpu", "meta", "none"]
+    """``device``: real tensors on the target device; ``none``: no trace could be recorded, the ceiling was searched for."""
+    event_count: NonNegativeInt
+    """Allocations recorded at one size."""
+    moments: tuple[LiveMoment, ...]
+    """Every moment not dominated by another at all sizes: their maximum is the peak, at any size."""
+    consistent: bool
+    """Whether the recordings agree on one polynomial for every allocation."""
+    remark: str = ""
+    """Why the trace is missing or inconsistent; empty when there is nothing to say."""
+    parameter_bytes: NonNegativeInt = 0
+    gradient_bytes: NonNegativeInt = 0
+    optimizer_state_bytes: NonNegativeInt = 0
+    buffer_bytes: NonNegativeInt = 0
+    input_bytes_per_sample: NonNegativeInt = 0
+
+
+class MemoryLimit(Record):
+    """The most that the workload may use, and where that comes from."""
+
+    limit_bytes: NonNegativeInt
+    """Bytes that training may add to what the process held before the model was built."""
+    source: str
+    """What sets it: ``--limit``, ``cgroup``, ``RLIMIT_AS``, ``MemAvailable``, ``device``."""
+    headroom_bytes: NonNegativeInt = 0
+    """Bytes left free on purpose, already taken off the limit."""
+
+
+class MemoryPoint(Record):
+    """One attempt at two optimizer steps of one micro-batch size."""
+
+    micro_batch_size: PositiveInt
+    purpose: Literal["touch", "approach", "proof"]
+    outcome: Outcome
+    traced_bytes: NonNegativeInt
+    """Peak live bytes that the trace predicts at this size."""
+    used_bytes: NonNegativeInt | None = None
+    """Measured peak above what the process held before the model was built; none when the attempt failed."""
+    step_time_s: NonNegativeFloat | None = None
+    """Seconds of the second step; none when the attempt failed."""
+    detail: str = ""
+    """First line of the error, when the attempt failed."""
+
+
+class MemoryMeasurements(Record):
+    """Everything the memory probe saw."""
+
+    trace: MemoryTrace
+    limit: MemoryLimit
+    points: tuple[MemoryPoint, ...]
+    largest_allowed: PositiveInt
+    """Cap on the size from elsewhere: the dataset or ``--max-batch``."""
+    largest_allowed_source: Literal["dataset", "--max-batch"]
+    stopped_by: Literal["limit", "cap", "budget", "failure"]
+    """Why no larger size was tried."""
+    allocator: str
+    """How memory was allocated and measured, such as ``cpu, glibc malloc (default arenas), peak resident set``."""
+
+
+class Contention(Record):
+    """What else used the machine just before a timing probe."""
+
+    load_average_1m: NonNegativeFloat
+    cpu_count: PositiveInt
+    other_processes_cpu: NonNegativeFloat
+    """Processor cores kept busy by other processes; 0.5 is half a core."""
+    other_gpu_processes: NonNegativeInt = 0
+    reasons: tuple[str, ...] = ()
+    """Sentences that say why the timings cannot be trusted; empty when the machine was quiet."""
+
+
+class StepTimePoint(Record):
+    """Device-synchronised seconds of whole optimizer steps at one micro-batch size without accumulation."""
+
+    micro_batch_size: PositiveInt
+    step_times_s: tuple[PositiveFloat, ...]
+    """One number a round: the mean over the steps of that round."""
+    energy_per_step_j: tuple[PositiveFloat, ...] = ()
+    """Joules of one step, one number a round; empty without an energy meter."""
+
+
+class StepTimeMeasurements(Record):
+    """Interleaved rounds over candidate sizes."""
+
+    points: tuple[StepTimePoint, ...]
+    optimizer_times_s: tuple[NonNegativeFloat, ...]
+    """Seconds of the optimizer's part alone, one number a round."""
+    contention: Contention
+    largest_affordable: PositiveInt | None = None
+    """Largest size that was timed because the budget allowed no larger one; none when the budget did not bind."""
+
+
+class LoaderPoint(Record):
+    """Samples a second that the data loader alone delivers with so many workers."""
+
+    num_workers: NonNegativeInt
+    batch_size: PositiveInt
+    samples_per_s: tuple[PositiveFloat, ...]
+    """One number a round."""
+
+
+class LoaderMeasurements(Record):
+    """Throughput of the data loader by number of workers."""
+
+    points: tuple[LoaderPoint, ...]
+    configured_num_workers: NonNegativeInt | None
+    """The workload's own ``num_workers``; none when it leaves the choice open."""
+    remark: str = ""
+
+
+class GradientNorms(Record):
+    """Sums over K micro-batch gradients g_k at frozen parameters, kept by blocks of consecutive micro-batches.
+
+    Block j holds ``block_counts[j]`` micro-batches; s_j is the sum of their mean gradients. ``block_gram[i][j]`` is s_i . s_j and
+    ``block_sq_norm_sums[j]`` is the sum of |g_k|**2 over the block, so every leave-one-block-out statistic follows without the gradients.
+    """
+
+    samples_seen: NonNegativeInt
+    """Training samples consumed before these parameters were reached; 0 at initialisation."""
+    micro_batch_size: PositiveInt
+    dataset_size: PositiveInt
+    block_counts: tuple[PositiveInt, ...]
+    block_sq_norm_sums: tuple[NonNegativeFloat, ...]
+    block_gram: tuple[tuple[float, ...], ...]
+    mean_loss: float | None = None
+    skipped_micro_batches: NonNegativeInt = 0
+    """Micro-batches left out because their gradient was not finite."""
+
+
+class NoiseProblem(StrEnum):
+    """Why the gradient noise could not be measured at all."""
+
+    NON_FINITE_LOSS = "non_finite_loss"
+    ZERO_GRADIENT = "zero_gradient"
+    DATASET_TOO_SMALL = "dataset_too_small"
+    OUT_OF_BUDGET = "out_of_budget"
+    OUT_OF_MEMORY = "out_of_memory"
+
+
+class GradientNoiseMeasurements(Record):
+    """Snapshots of the gradient noise, at initialisation and along a short pilot run."""
+
+    snapshots: tuple[GradientNorms, ...]
+    pilot_batch_size: PositiveInt
+    pilot_lr: NonNegativeFloat | None
+    """Learning rate of the pilot's first step; none when there was no pilot."""
+    pilot_samples: NonNegativeInt
+    batch_norm: bool
+    """Whether normalisation couples the samples of a micro-batch, so that the estimate is for that ghost batch."""
+    problem: NoiseProblem | None = None
+    remark: str = ""
+
+
+class WorkloadSummary(Record):
+    """What the workload was, in numbers that need no torch to read."""
+
+    name: str
+    train_size: PositiveInt
+    valid_size: NonNegativeInt | None
+    parameter_count: PositiveInt
+    trainable_parameter_count: PositiveInt
+    batch_norm: bool
+    couples_samples: bool = False
+    """Whether the loss of a batch is not the mean of losses of its samples (a contrastive loss, declared by the user)."""
+    loss_reduction: Literal["mean", "sum", "per_sample", "counted"]
+    """How the loss reduces a batch; ``counted``: the user's step returns its own sample count."""
+    optimizer: str
+    """Class name of the optimizer, such as ``SGD``."""
+    optimizer_given: bool
+    """False when the workload named no optimizer and a plain SGD stood in for it."""
+    momentum: float | None = None
+    betas: tuple[float, float] | None = None
+    weight_decay: float | None = None
+    lr: PositiveFloat | None
+    """The workload's own learning rate; none without an optimizer."""
+    lr_batch_size: PositiveInt | None
+    """The batch size at which that rate was tuned; none when the user did not say."""
+    num_workers: NonNegativeInt | None
+    precision: Literal["fp32", "bf16", "fp16", "fp64"]
+    channels_last: bool
+    compiled: bool
+
+
+class Measurements(Record):
+    """All that a run has measured so far; a part that was not measured is none."""
+
+    workload: WorkloadSummary
+    memory: MemoryMeasurements | None = None
+    step_time: StepTimeMeasurements | None = None
+    loader: LoaderMeasurements | None = None
+    gradient_noise: GradientNoiseMeasurements | None = None
