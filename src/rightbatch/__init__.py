@@ -1,0 +1,1 @@
+"""What batch size, split how, with which learning rate: answered by measurement."""

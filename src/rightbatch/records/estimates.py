@@ -115,6 +115,8 @@ class StepTimeCurve(Record):
 
 
 class LoaderThroughput(Record):
+    """Throughput of the data loader alone with one number of workers."""
+
     num_workers: NonNegativeInt
     samples_per_s: Estimate
 

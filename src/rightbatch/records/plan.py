@@ -141,7 +141,7 @@ class Recommendation(Record):
 class Findings(Record):
     """Everything one run concluded: the document that ``--json`` prints and the report renders."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: int = SCHEMA_VERSION
     workload: WorkloadSummary
     environment: Environment
     recommendation: Recommendation
