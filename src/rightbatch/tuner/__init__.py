@@ -1,0 +1,1 @@
+"""The order of probes under a time budget: the one place that knows it."""

@@ -1,0 +1,62 @@
+"""What is asked of the tuner; imports nothing heavy, so that the command line can build one before torch is loaded."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Literal, Protocol
+
+from rightbatch.records.plan import Constraints, Objective
+
+
+class Part(StrEnum):
+    """One question that a probe answers; also the stem of its file in the run folder."""
+
+    MEMORY = "memory"
+    STEP_TIME = "step_time"
+    LOADER = "loader"
+    GRADIENT_NOISE = "gradient_noise"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Everything that changes what is measured or decided."""
+
+    parts: frozenset[Part] = frozenset(Part)
+    """Questions to answer; the recommendation says what it lacks when some are left out."""
+    objective: Objective = field(default_factory=Objective)
+    constraints: Constraints = field(default_factory=Constraints)
+    device: str = "auto"
+    """``auto`` takes an accelerator if there is one; else ``cpu``, ``cuda``, ``cuda:1``, ``mps``."""
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] | None = None
+    """Overrides the workload's own precision."""
+    max_batch: int | None = None
+    """Largest micro-batch to consider."""
+    limit_bytes: int | None = None
+    """Most memory that training may use; none takes what the device has free."""
+    budget_s: float = 120.0
+    """Seconds that all probes together may take."""
+    seed: int = 0
+    threads: int | None = None
+    """Threads torch computes with; none leaves torch's default."""
+    isolation: Literal["child", "in-process"] = "child"
+    """``child`` measures in a spawned process; ``in-process`` snapshots and restores this one."""
+    out: Path | None = None
+    """The run folder; none derives one from the workload below ``rightbatch-runs``."""
+    fresh: bool = False
+    """Measure again what an earlier run in the folder has already measured."""
+    save: bool = True
+    """Whether to write a run folder at all."""
+
+
+class Progress(Protocol):
+    """Where the tuner says what it is doing."""
+
+    def update(self, stage: str, fraction: float, detail: str) -> None:
+        """Show a stage (``memory``, ``step time``, ...), the fraction of the budget that is used, and one line of detail."""
+
+
+class SilentProgress:
+    """Shows nothing."""
+
+    def update(self, stage: str, fraction: float, detail: str) -> None:
+        """Ignore the report."""

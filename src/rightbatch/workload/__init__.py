@@ -1,0 +1,1 @@
+"""Ingredients: what the user gives, validated, and where it is loaded from."""
