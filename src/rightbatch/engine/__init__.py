@@ -1,0 +1,1 @@
+"""One optimizer step and its meters; knows nothing of why it runs."""

@@ -1,0 +1,208 @@
+"""The rig: one workload on one device with its meters. Probes get a rig, and build fresh models on it."""
+
+import copy
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import nn
+from torch.amp.grad_scaler import GradScaler
+from torch.utils.data import default_collate
+
+from rightbatch.engine.meters import Meters, meters_for
+from rightbatch.engine.step import Trainee, loss_sum
+from rightbatch.errors import UsageError, WorkloadError
+from rightbatch.records.measurements import WorkloadSummary
+from rightbatch.workload.ingredients import Batch, Precision, Workload, map_tensors, tensors_of
+
+_POOL_SIZE = 256
+_STAND_IN_LR = 0.05
+_BATCH_NORM = (nn.modules.batchnorm._BatchNorm,)  # noqa: SLF001  # the common base of all batch normalisations
+
+
+@dataclass(kw_only=True)
+class Rig:
+    """One workload on one device.
+
+    Args:
+        workload: What is trained.
+        device: Where.
+        meters: How it is measured.
+        seed: Seed of everything random that a probe does.
+        say: Receives one line of progress.
+    """
+
+    workload: Workload
+    device: torch.device
+    meters: Meters
+    seed: int = 0
+    say: Callable[[str], None] = lambda _: None
+    _pool: list[object] = field(default_factory=list)
+    _loss_is_sum: bool | None = None
+
+    @property
+    def train_size(self) -> int:
+        """Number of training samples."""
+        return len(self.workload.train)
+
+    def new_trainee(self, *, compiled: bool = True) -> Trainee:
+        """Build a fresh model and optimizer on the device; the same seed gives the same weights each time."""
+        workload = self.workload
+        seed_everything(self.seed)
+        model = copy.deepcopy(workload.model) if isinstance(workload.model, nn.Module) else workload.model()
+        if not isinstance(model, nn.Module):
+            raise WorkloadError(f"the function given as model must return a torch.nn.Module; it returned {type(model).__name__}.")
+        if workload.precision == "fp64":
+            model = model.double()
+        model = model.to(self.device, memory_format=torch.channels_last) if workload.channels_last else model.to(self.device)
+        model.train()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not trained:
+            raise WorkloadError("training needs a parameter that requires a gradient; the model has none; is it frozen?")
+        optimizer = torch.optim.SGD(trained, lr=_STAND_IN_LR, momentum=0.9) if workload.optimizer is None else workload.optimizer(trained)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise WorkloadError(f"optimizer must build a torch.optim.Optimizer; it returned {type(optimizer).__name__}.")
+        scaler = GradScaler(self.device.type) if workload.precision == "fp16" else None
+        if workload.compile and compiled:
+            model.compile()
+        return Trainee(model=model, optimizer=optimizer, scaler=scaler, workload=workload, loss_is_sum=self.loss_is_sum)
+
+    @property
+    def loss_is_sum(self) -> bool:
+        """Whether the workload's loss is a sum over the batch; settled by ``describe``."""
+        return bool(self._loss_is_sum)
+
+    def place(self, batch: Batch) -> Batch:
+        """Move a batch to the device, in the workload's precision and memory format."""
+
+        def placed(tensor: torch.Tensor) -> torch.Tensor:
+            dtype = torch.float64 if self.workload.precision == "fp64" and tensor.is_floating_point() else tensor.dtype
+            if self.workload.channels_last and tensor.ndim == 4:
+                return tensor.to(self.device, dtype, memory_format=torch.channels_last)
+            return tensor.to(self.device, dtype)
+
+        return map_tensors(placed, batch)
+
+    def collate(self, samples: list[object]) -> Batch:
+        """Make a batch of samples, on the host."""
+        return (self.workload.collate_fn or default_collate)(samples)
+
+    def typical_batch(self, size: int) -> Batch:
+        """Return a batch of any size on the device, made of up to 256 real samples over and over: for time and memory, not for gradients."""
+        if not self._pool:
+            count = min(_POOL_SIZE, self.train_size)
+            indices = np.random.default_rng(self.seed).choice(self.train_size, size=count, replace=False)
+            self._pool = [self.workload.train[int(index)] for index in indices]
+        return self.place(self.collate([self._pool[index % len(self._pool)] for index in range(size)]))
+
+    def real_batch(self, indices: Sequence[int]) -> Batch:
+        """Return a batch of these very samples on the device."""
+        return self.place(self.collate([self.workload.train[int(index)] for index in indices]))
+
+    def describe(self) -> WorkloadSummary:
+        """Run the model on a few samples and say what the workload is.
+
+        Raises:
+            WorkloadError: The model, loss or optimizer does not do what a workload's must.
+        """
+        trainee = self.new_trainee(compiled=False)
+        reduction, coupled = self._loss_behaviour(trainee)
+        self._loss_is_sum = reduction == "sum"
+        defaults = trainee.optimizer.defaults
+        betas = defaults.get("betas")
+        given = self.workload.optimizer is not None
+        return WorkloadSummary(
+            name=self.workload.name or type(trainee.model).__name__,
+            train_size=self.train_size,
+            valid_size=None if self.workload.valid is None else len(self.workload.valid),
+            parameter_count=sum(parameter.numel() for parameter in trainee.model.parameters()),
+            trainable_parameter_count=sum(parameter.numel() for parameter in trainee.parameters),
+            batch_norm=any(isinstance(module, _BATCH_NORM) for module in trainee.model.modules()),
+            couples_samples=self.workload.couples_samples or coupled,
+            loss_reduction=reduction,
+            optimizer=type(trainee.optimizer).__name__,
+            optimizer_given=given,
+            momentum=defaults.get("momentum"),
+            betas=None if betas is None else (float(betas[0]), float(betas[1])),
+            weight_decay=defaults.get("weight_decay"),
+            lr=float(trainee.optimizer.param_groups[0]["lr"]) if given else None,
+            lr_batch_size=self.workload.lr_batch_size,
+            num_workers=self.workload.num_workers,
+            precision=self.workload.precision,
+            channels_last=self.workload.channels_last,
+            compiled=self.workload.compile,
+        )
+
+    def _loss_behaviour(self, trainee: Trainee) -> tuple[str, bool]:
+        """Say how the loss reduces a batch and whether it couples samples, from two halves of a batch and the whole, in eval mode."""
+        if self.workload.step is not None:
+            return "counted", False
+        indices = range(min(8, self.train_size) // 2 * 2) or range(1)
+        whole = self.real_batch(indices)
+        trainee.model.eval()
+        with torch.no_grad():
+            output_loss = self._raw_loss(trainee, whole)
+            if output_loss.ndim > 0:
+                loss_sum(trainee, whole)
+                return "per_sample", False
+            if len(indices) < 2:
+                return "mean", False
+            half = len(indices) // 2
+            parts = [float(self._raw_loss(trainee, self.real_batch(part))) for part in (indices[:half], indices[half:])]
+        value, total = float(output_loss), sum(parts)
+        tolerance = 0.02 * max(abs(part) for part in parts)
+        if abs(value - total) <= tolerance < abs(value - total / 2):
+            return "sum", False
+        return "mean", bool(np.isfinite(value)) and abs(value - total / 2) > max(tolerance, 0.05 * abs(value))
+
+    @staticmethod
+    def _raw_loss(trainee: Trainee, batch: Batch) -> torch.Tensor:
+        if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+            loss_sum(trainee, batch)
+        *inputs, target = batch
+        assert trainee.workload.loss is not None, "only called without a step"  # noqa: S101
+        loss = trainee.workload.loss(trainee.model(*inputs), target)
+        if not isinstance(loss, torch.Tensor):
+            raise WorkloadError(f"loss must return a tensor; got {type(loss).__name__}.")
+        return loss
+
+
+def held_tensors(trainee: Trainee, batch: Batch) -> list[torch.Tensor]:
+    """Return the tensors that live as long as training does: parameters, buffers and the batch."""
+    return [*trainee.model.parameters(), *trainee.model.buffers(), *tensors_of(batch)]
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the generators of Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  # users' transforms draw from the legacy generator
+    torch.manual_seed(seed)
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device of a name; ``auto`` takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        UsageError: There is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"the device must be usable here; got {name!r} ({str(error).splitlines()[0]}); try --device cpu.") from error
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def build_rig(workload: Workload, *, device: str, precision: Precision | None, threads: int | None, seed: int) -> Rig:
+    """Place a workload on a device, with the device's own meters."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    place = resolve_device(device)
+    chosen = workload if precision is None else replace(workload, precision=precision)
+    return Rig(workload=chosen, device=place, meters=meters_for(place), seed=seed)

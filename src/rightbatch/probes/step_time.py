@@ -1,0 +1,134 @@
+"""How long an optimizer step takes at each micro-batch size: interleaved rounds, synchronised, warmed up."""
+
+from collections.abc import Callable, Sequence
+
+from rightbatch.engine.rig import Rig
+from rightbatch.engine.step import Trainee, apply_update, backward_mean, train_step
+from rightbatch.records.measurements import Contention, StepTimeMeasurements, StepTimePoint
+from rightbatch.workload.ingredients import Batch
+
+_ROUND_S = 0.05
+_MOST_ROUNDS = 60
+_GAIN_THAT_COUNTS = 1.03
+
+
+def contention(rig: Rig) -> Contention:
+    """Measure what else uses the machine."""
+    return rig.meters.contention()
+
+
+def scan(rig: Rig, *, largest: int, budget_s: float, affordable_step_s: float) -> tuple[tuple[int, float], ...]:
+    """Time sizes 1, 2, 4, ... once each, until more samples no longer raise the throughput, or the budget ends.
+
+    Args:
+        rig: The workload on its device.
+        largest: Largest size to try.
+        budget_s: Seconds the scan may take.
+        affordable_step_s: No size is tried whose step would take longer, going by the last one.
+
+    Returns:
+        (size, seconds of one step) in ascending order; at least one pair.
+    """
+    clock = rig.meters.clock
+    trainee = rig.new_trainee()
+    end_s = clock.now_s() + budget_s
+    found: list[tuple[int, float]] = []
+    size = min(largest, _smallest(rig))
+    while True:
+        rig.say(f"scanning: {size} samples a step")
+        batch = rig.typical_batch(size)
+        train_step(trainee, [batch])
+        found.append((size, _mean_step_s(rig, trainee, batch, steps=1)))
+        following = min(2 * size, largest)
+        next_s = found[-1][1] * following / size
+        if size >= largest or _is_flat(found) or next_s > affordable_step_s or clock.now_s() + 2 * next_s > end_s:
+            return tuple(found)
+        size = following
+
+
+def _smallest(rig: Rig) -> int:
+    """Two samples: batch normalisation cannot train on one."""
+    return min(2, rig.train_size)
+
+
+def _is_flat(found: Sequence[tuple[int, float]]) -> bool:
+    """Whether three doublings in a row brought no throughput."""
+    rates = [size / seconds for size, seconds in found]
+    return len(rates) > 6 and max(rates[-3:]) < _GAIN_THAT_COUNTS * max(rates[:-3])
+
+
+def measure(
+    rig: Rig,
+    sizes: Sequence[int],
+    *,
+    is_decided: Callable[[StepTimeMeasurements], bool],
+    budget_s: float,
+    machine: Contention,
+    largest_affordable: int | None,
+) -> StepTimeMeasurements:
+    """Time every size in interleaved rounds until the intervals decide or the budget ends; at least three rounds.
+
+    Args:
+        rig: The workload on its device.
+        sizes: Micro-batch sizes, in samples.
+        is_decided: Says whether the measurements so far are precise enough.
+        budget_s: Seconds the rounds may take.
+        machine: What else used the machine, kept beside the times.
+        largest_affordable: Kept beside the times.
+    """
+    clock, energy = rig.meters.clock, rig.meters.energy
+    trainee = rig.new_trainee()
+    batches = {size: rig.typical_batch(size) for size in sizes}
+    steps = {size: _steps_in_a_round(rig, trainee, batches[size]) for size in sizes}
+    times: dict[int, list[float]] = {size: [] for size in sizes}
+    joules: dict[int, list[float]] = {size: [] for size in sizes}
+    optimizer_times: list[float] = []
+    start_s = clock.now_s()
+    while True:
+        rig.say(f"round {len(optimizer_times) + 1} over {len(sizes)} sizes")
+        for size in sizes:
+            start_j = energy.energy_j() if energy is not None else 0.0
+            times[size].append(_mean_step_s(rig, trainee, batches[size], steps=steps[size]))
+            if energy is not None:
+                joules[size].append((energy.energy_j() - start_j) / steps[size])
+        optimizer_times.append(_optimizer_s(rig, trainee, batches[sizes[0]]))
+        measured = StepTimeMeasurements(
+            points=tuple(
+                StepTimePoint(
+                    micro_batch_size=size,
+                    step_times_s=tuple(times[size]),
+                    energy_per_step_j=tuple(joules[size]) if all(value > 0 for value in joules[size]) else (),
+                )
+                for size in sizes
+            ),
+            optimizer_times_s=tuple(optimizer_times),
+            contention=machine,
+            largest_affordable=largest_affordable,
+        )
+        rounds = len(optimizer_times)
+        elapsed_s = clock.now_s() - start_s
+        out_of_time = elapsed_s * (rounds + 1) / rounds > budget_s and rounds >= 3
+        if out_of_time or rounds >= _MOST_ROUNDS or is_decided(measured):
+            return measured
+
+
+def _steps_in_a_round(rig: Rig, trainee: Trainee, batch: Batch) -> int:
+    """Warm a size up, and return how many steps fill a twentieth of a second."""
+    train_step(trainee, [batch])
+    return max(1, min(50, int(_ROUND_S / max(_mean_step_s(rig, trainee, batch, steps=1), 1e-6))))
+
+
+def _mean_step_s(rig: Rig, trainee: Trainee, batch: Batch, *, steps: int) -> float:
+    start_s = rig.meters.clock.now_s()
+    for _ in range(steps):
+        train_step(trainee, [batch])
+    return max((rig.meters.clock.now_s() - start_s) / steps, 1e-9)
+
+
+def _optimizer_s(rig: Rig, trainee: Trainee, batch: Batch) -> float:
+    """Return the seconds of one update, measured apart from forward and backward."""
+    trainee.optimizer.zero_grad(set_to_none=True)
+    backward_mean(trainee, [batch])
+    start_s = rig.meters.clock.now_s()
+    apply_update(trainee)
+    return max(0.0, rig.meters.clock.now_s() - start_s)
