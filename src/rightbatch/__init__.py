@@ -1,1 +1,39 @@
-"""What batch size, split how, with which learning rate: answered by measurement."""
+"""What batch size, split how, with which learning rate: answered by measurement, for your model, data, device and goal.
+
+>>> import rightbatch as rb
+>>> plan = rb.find(rb.Workload(model=Net, train=dataset, loss=F.cross_entropy))  # doctest: +SKIP
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from rightbatch._version import __version__
+from rightbatch.errors import RightbatchError, RightbatchWarning
+
+if TYPE_CHECKING:
+    from rightbatch.api import FoundPlan, find
+    from rightbatch.records.plan import BatchPlan, Findings, Goal
+    from rightbatch.workload.ingredients import Workload
+
+__all__ = ["BatchPlan", "Findings", "FoundPlan", "Goal", "RightbatchError", "RightbatchWarning", "Workload", "__version__", "find"]
+
+_HOMES = {
+    "BatchPlan": "rightbatch.records.plan",
+    "Findings": "rightbatch.records.plan",
+    "FoundPlan": "rightbatch.api",
+    "Goal": "rightbatch.records.plan",
+    "Workload": "rightbatch.workload.ingredients",
+    "find": "rightbatch.api",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -53,9 +53,6 @@ class Killed:
     signal_name: str
 
 
-Host_Result = Completed[T] | OutOfMemory | Killed
-
-
 class Host(Protocol):
     """Runs probes on a rig."""
 
@@ -149,7 +146,7 @@ class ChildHost:
         if self._process is None:
             self._start()
         self._send(cloudpickle.dumps((probe, args, kwargs)))
-        outcome = self._receive()
+        outcome: Completed[T] | OutOfMemory | Killed = self._receive()
         if isinstance(outcome, Killed):
             self.close()
         return outcome
@@ -158,7 +155,7 @@ class ChildHost:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self._connection.send_bytes(payload)
 
-    def _receive(self) -> Any:  # noqa: ANN401  # whatever the probe returns
+    def _receive(self) -> Any:  # whatever the probe returns
         while True:
             try:
                 kind, value = cloudpickle.loads(self._connection.recv_bytes())
@@ -296,7 +293,7 @@ def _process_state() -> _ProcessState:
         python_rng=random.getstate(),
         numpy_rng=np.random.get_state(),  # noqa: NPY002
         torch_rng=torch.get_rng_state(),
-        cuda_rng=torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        cuda_rng=torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],  # type: ignore[no-untyped-call]
         threads=torch.get_num_threads(),
         dtype=torch.get_default_dtype(),
         deterministic=torch.are_deterministic_algorithms_enabled(),

@@ -45,17 +45,17 @@ class AllocationLog:
     allocations: list[Allocation] = field(default_factory=list)
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Logs every storage that an operation returns for the first time."""
 
     def __init__(self, log: AllocationLog, modules: ModuleTracker) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._log = log
         self._modules = modules
         self._known: set[int] = set()
         self._open = True
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ARG002, ANN204
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         result = func(*args, **(kwargs or {}))
         for tensor in tensors_of(result):
             self.note(tensor, str(func.overloadpacket))

@@ -56,7 +56,9 @@ class Rig:
             raise WorkloadError(f"the function given as model must return a torch.nn.Module; it returned {type(model).__name__}.")
         if workload.precision == "fp64":
             model = model.double()
-        model = model.to(self.device, memory_format=torch.channels_last) if workload.channels_last else model.to(self.device)
+        model = model.to(self.device)
+        if workload.channels_last:
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
         model.train()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not trained:
@@ -90,7 +92,10 @@ class Rig:
         return (self.workload.collate_fn or default_collate)(samples)
 
     def typical_batch(self, size: int) -> Batch:
-        """Return a batch of any size on the device, made of up to 256 real samples over and over: for time and memory, not for gradients."""
+        """Return a batch of any size on the device: up to 256 real samples over and over.
+
+        Good for time and memory, useless for gradients.
+        """
         if not self._pool:
             count = min(_POOL_SIZE, self.train_size)
             indices = np.random.default_rng(self.seed).choice(self.train_size, size=count, replace=False)
@@ -194,15 +199,27 @@ def resolve_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"the device must be usable here; got {name!r} ({str(error).splitlines()[0]}); try --device cpu.") from error
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
-def build_rig(workload: Workload, *, device: str, precision: Precision | None, threads: int | None, seed: int) -> Rig:
-    """Place a workload on a device, with the device's own meters."""
+def build_rig(load: Callable[[], Workload], *, device: str, precision: Precision | None, threads: int | None, seed: int) -> Rig:
+    """Load a workload and place it on a device, with the device's own meters.
+
+    Args:
+        load: Returns the workload; runs the user's code.
+        device: Name of the device, or ``auto``.
+        precision: Replaces the workload's own; ``None`` keeps it.
+        threads: Threads torch computes with; ``None`` keeps torch's default.
+        seed: Seed of everything random.
+
+    Raises:
+        UsageError: There is no such device here.
+        WorkloadError: The workload is not one.
+    """
     if threads is not None:
         torch.set_num_threads(threads)
     place = resolve_device(device)
+    seed_everything(seed)
+    workload = load()
     chosen = workload if precision is None else replace(workload, precision=precision)
     return Rig(workload=chosen, device=place, meters=meters_for(place), seed=seed)

@@ -108,62 +108,87 @@ def _snapshot(
 
     Samples are drawn without replacement, as in an epoch.
     """
-    clock = rig.meters.clock
-    parameters = trainee.parameters
-    parameter_bytes = sum(parameter.nbytes for parameter in parameters)
-    most_blocks = block_limit(parameter_bytes, _BLOCK_BUDGET_BYTES)
-    keep_on = None if parameter_bytes * most_blocks < _BLOCK_BUDGET_BYTES // 4 else torch.device("cpu")
-    blocks = GradientBlocks(most_blocks, keep_on)
-    order = np.random.default_rng(rig.seed + samples_seen).permutation(rig.train_size)
     available = rig.train_size // micro_batch_size
     if available < 2:
         return None, NoiseProblem.DATASET_TOO_SMALL
+    clock = rig.meters.clock
     end_s = clock.now_s() + budget_s
-    losses, skipped, test_at = 0.0, 0, _FEWEST_MICRO_BATCHES
-
-    def norms() -> GradientNorms:
-        return GradientNorms(
-            samples_seen=samples_seen,
-            micro_batch_size=micro_batch_size,
-            dataset_size=rig.train_size,
-            block_counts=blocks.counts(),
-            block_sq_norm_sums=blocks.sq_norm_sums(),
-            block_gram=blocks.gram(),
-            mean_loss=losses / blocks.micro_batch_count,
-            skipped_micro_batches=skipped,
-        )
-
+    order = np.random.default_rng(rig.seed + samples_seen).permutation(rig.train_size)
+    tally = _Tally(trainee, micro_batch_size, samples_seen, rig.train_size)
+    test_at = _FEWEST_MICRO_BATCHES
     for index in range(available):
         rig.say(f"gradient noise after {samples_seen} samples: {index} micro-batches of {micro_batch_size}")
-        batch = rig.real_batch(order[index * micro_batch_size : (index + 1) * micro_batch_size].tolist())
-        loss, gradient = _mean_gradient(trainee, batch)
-        if not np.isfinite(loss):
+        if not tally.add(rig.real_batch(order[index * micro_batch_size : (index + 1) * micro_batch_size].tolist())):
             return None, NoiseProblem.NON_FINITE_LOSS
-        if blocks.add(gradient):
-            losses += loss
-        else:
-            skipped += 1
-        if skipped > _FEWEST_MICRO_BATCHES and not blocks.micro_batch_count:
-            return None, NoiseProblem.NON_FINITE_LOSS
-        count = blocks.micro_batch_count
-        if count >= test_at:
-            test_at = 2 * count
-            if is_decided(norms()):
-                break
-        if count >= _FEWEST_MICRO_BATCHES and clock.now_s() > end_s:
+        if tally.count >= _FEWEST_MICRO_BATCHES and clock.now_s() > end_s:
             break
-    if blocks.micro_batch_count < 2:
+        if tally.count >= test_at:
+            test_at = 2 * tally.count
+            if is_decided(tally.norms()):
+                break
+    if tally.count < 2:
         return None, NoiseProblem.DATASET_TOO_SMALL
-    found = norms()
-    return (None, NoiseProblem.ZERO_GRADIENT) if sum(found.block_sq_norm_sums) == 0 else (found, None)
+    norms = tally.norms()
+    return (None, NoiseProblem.ZERO_GRADIENT) if sum(norms.block_sq_norm_sums) == 0 else (norms, None)
+
+
+class _Tally:
+    """Gradients of micro-batches at frozen parameters, summed up."""
+
+    def __init__(self, trainee: Trainee, micro_batch_size: int, samples_seen: int, train_size: int) -> None:
+        parameter_bytes = sum(parameter.nbytes for parameter in trainee.parameters)
+        most_blocks = block_limit(parameter_bytes, _BLOCK_BUDGET_BYTES)
+        keep_on = None if parameter_bytes * most_blocks < _BLOCK_BUDGET_BYTES // 4 else torch.device("cpu")
+        self._trainee = trainee
+        self._blocks = GradientBlocks(most_blocks, keep_on)
+        self._micro_batch_size = micro_batch_size
+        self._samples_seen = samples_seen
+        self._train_size = train_size
+        self._loss_total = 0.0
+        self._skipped = 0
+
+    @property
+    def count(self) -> int:
+        """Micro-batches added."""
+        return self._blocks.micro_batch_count
+
+    def add(self, batch: object) -> bool:
+        """Add one micro-batch; return whether the loss was finite and gradients are not all infinite."""
+        loss, gradient = _mean_gradient(self._trainee, batch)
+        if not np.isfinite(loss):
+            return False
+        if self._blocks.add(gradient):
+            self._loss_total += loss
+        else:
+            self._skipped += 1
+        return self.count > 0 or self._skipped <= _FEWEST_MICRO_BATCHES
+
+    def norms(self) -> GradientNorms:
+        """Return the sums so far."""
+        return GradientNorms(
+            samples_seen=self._samples_seen,
+            micro_batch_size=self._micro_batch_size,
+            dataset_size=self._train_size,
+            block_counts=self._blocks.counts(),
+            block_sq_norm_sums=self._blocks.sq_norm_sums(),
+            block_gram=self._blocks.gram(),
+            mean_loss=self._loss_total / self.count,
+            skipped_micro_batches=self._skipped,
+        )
 
 
 def _mean_gradient(trainee: Trainee, batch: object) -> tuple[float, torch.Tensor]:
-    """Return the mean loss of one micro-batch and its gradient, the scaler's scale divided out."""
+    """Return the mean loss of one micro-batch and its gradient, the scaler's scale divided out.
+
+    Under ``fp16`` an infinite gradient halves the scale, as it would in training.
+    """
     trainee.optimizer.zero_grad(set_to_none=True)
     result = backward_mean(trainee, [batch])
     gradient = flat_gradient(trainee.parameters)
     if trainee.scaler is not None:
-        gradient /= trainee.scaler.get_scale()
+        scale = trainee.scaler.get_scale()
+        gradient /= scale
+        if not bool(torch.isfinite(gradient).all()):
+            trainee.scaler.update(scale / 2)
     trainee.optimizer.zero_grad(set_to_none=True)
     return float(result.mean_loss), gradient

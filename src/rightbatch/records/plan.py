@@ -144,6 +144,8 @@ class Findings(Record):
     schema_version: int = SCHEMA_VERSION
     workload: WorkloadSummary
     environment: Environment
+    constraints: Constraints = Constraints()
+    """The bounds that were asked for."""
     recommendation: Recommendation
     memory: MemoryCurve | None
     step_time: StepTimeCurve | None
