@@ -178,8 +178,8 @@ class TradeoffPoint(Record):
     relative_samples: Estimate
     """Samples to target over the least possible: mean and 90 % interval."""
     relative_energy: Estimate | None = None
-    regret: NonNegativeFloat
-    """Expected excess of the objective over that of the best size."""
+    regret: NonNegativeFloat | None
+    """Expected excess of the objective over that of the best size; none without a usable noise scale."""
 
 
 class Tradeoff(Record):

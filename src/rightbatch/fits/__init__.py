@@ -1,0 +1,1 @@
+"""Pure functions from measurements to estimates: no torch, no files, no clock, no global random state."""

@@ -1,0 +1,361 @@
+"""Trade-off: what every candidate size costs until the target, under everything that is uncertain.
+
+Symbols: b global batch size, B_crit critical batch size, t(b) step time; T(b) = (1 + B_crit / b) t(b) and E(b) = 1 + b / B_crit.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from rightbatch.errors import UsageError
+from rightbatch.fits.intervals import FloatArray, log_standard_error, normal_draws
+from rightbatch.fits.step_time import StepTimeLaw
+from rightbatch.records.estimates import (
+    Estimate,
+    LoaderCurve,
+    MemoryCurve,
+    NoiseScale,
+    Status,
+    StepTimeCurve,
+    ThroughputPoint,
+    Tradeoff,
+    TradeoffPoint,
+)
+from rightbatch.records.measurements import WorkloadSummary
+from rightbatch.records.plan import Constraints, Goal, Objective
+
+N_DRAWS = 2048
+CALIBRATION_MEDIAN = 0.5
+"""B_crit over the run's noise scale: 0.12-0.5 for image classifiers (McCandlish et al. 2018, table 1), 0.56-3.3 elsewhere (theory page)."""
+CALIBRATION_LOG_SD = math.log(3)
+GROWTH_WITH_PILOT_MEDIAN = 3.0
+"""The run's noise scale over a short pilot's: pilots over the first 8 % of two runs were 3-5 times too small (theory page)."""
+GROWTH_WITH_PILOT_LOG_SD = math.log(2)
+GROWTH_WITHOUT_PILOT_MEDIAN = 6.0
+"""The run's noise scale over that at initialisation: smaller still than a pilot's, and less known (theory page)."""
+GROWTH_WITHOUT_PILOT_LOG_SD = math.log(3)
+AT_LEAST_LOG_SD = math.log(10)
+"""Spread of the half-normal prior above a bound that is all that is known."""
+UNREPEATED_LOG_SD = 0.05
+"""Spread of a step time that was measured in one round only."""
+LARGEST_SHARE_OF_DATASET = 4
+"""Accumulation is not considered above a quarter of the training set: an epoch of fewer than four steps."""
+
+Evidence = Literal["measured", "composed", "extrapolated"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to make a global batch."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    accumulation_steps: int
+    evidence: Evidence
+
+
+@dataclass(frozen=True)
+class CostDraws:
+    """Posterior draws of what each candidate costs: rows are draws, columns are candidates."""
+
+    candidates: tuple[Candidate, ...]
+    compute_time_s: FloatArray
+    """Seconds of a step without the loader's limit."""
+    loader_samples_per_s: FloatArray | None
+    """Of one process, one number a draw; none when the loader was not measured."""
+    critical_batch_size: FloatArray | None
+    """In samples, one number a draw; none when the noise is unknown."""
+    energy_per_step_j: FloatArray | None
+    """One number a candidate."""
+    measured_sizes: FloatArray
+    """Micro-batch sizes that were timed, ascending."""
+    measured_time_s: FloatArray
+    """Seconds of a step at those sizes."""
+    optimizer_time_s: float
+    law: StepTimeLaw | None
+    world_size: int = 1
+
+    @property
+    def sizes(self) -> FloatArray:
+        """Global batch size of each candidate."""
+        return np.array([candidate.global_batch_size for candidate in self.candidates], dtype=np.float64)
+
+    def step_time_s(self) -> FloatArray:
+        """Seconds between optimizer steps: max(compute, samples a process / loader rate)."""
+        return self.limited_by_loader(self.compute_time_s, self.sizes)
+
+    def limited_by_loader(self, compute_time_s: FloatArray, sizes: FloatArray) -> FloatArray:
+        """The longer of computing and loading each of ``sizes`` samples."""
+        if self.loader_samples_per_s is None:
+            return compute_time_s
+        return np.maximum(compute_time_s, sizes[None, :] / self.world_size / self.loader_samples_per_s[:, None])
+
+    def steps(self, sizes: FloatArray) -> FloatArray:
+        """Steps to the target over the least possible, 1 + B_crit / b; all ones when the noise is unknown."""
+        critical = np.zeros(len(self.compute_time_s)) if self.critical_batch_size is None else self.critical_batch_size
+        return 1 + critical[:, None] / sizes[None, :]
+
+    def time(self) -> FloatArray:
+        """T(b) up to a constant."""
+        return self.steps(self.sizes) * self.step_time_s()
+
+    def samples(self) -> FloatArray:
+        """E(b) up to a constant."""
+        return self.steps(self.sizes) * self.sizes[None, :]
+
+    def energy(self) -> FloatArray:
+        """J(b) = S(b) times the joules of a step, up to a constant.
+
+        Raises:
+            UsageError: No energy was measured.
+        """
+        if self.energy_per_step_j is None:
+            raise UsageError("--goal energy needs an energy meter that was read at every timed size; this run has none: use --goal time.")
+        return self.steps(self.sizes) * self.energy_per_step_j[None, :]
+
+    def objective(self, goal: Goal) -> FloatArray:
+        """What the goal wants least of; for accuracy, time.
+
+        Raises:
+            UsageError: The goal is energy and none was measured.
+        """
+        if goal is Goal.SAMPLES:
+            return self.samples()
+        return self.energy() if goal is Goal.ENERGY else self.time()
+
+
+def critical_batch_draws(noise: NoiseScale, rng: np.random.Generator, n_draws: int) -> FloatArray | None:
+    """Posterior draws of the critical batch size: log B_crit = log B + log c + log g.
+
+    B is the measured noise scale with its error, c the calibration of B_crit against it, g its growth over the rest of the run. Known only
+    from below, B is drawn above its bound with a wide half-normal in the logarithm. Priors are the constants of this module.
+
+    Returns:
+        Samples, one number a draw; none when the noise scale says nothing.
+    """
+    measured = normal_draws(rng, n_draws)
+    if noise.status is Status.AT_LEAST and noise.low is not None and noise.low > 0:
+        log_noise = math.log(noise.low) + AT_LEAST_LOG_SD * np.abs(measured)
+    elif noise.status is Status.OK and noise.value is not None and noise.value > 0:
+        log_noise = math.log(noise.value) + _noise_log_sd(noise) * measured
+    else:
+        return None
+    median, log_sd = (
+        (GROWTH_WITH_PILOT_MEDIAN, GROWTH_WITH_PILOT_LOG_SD)
+        if noise.pilot_samples > 0
+        else (GROWTH_WITHOUT_PILOT_MEDIAN, GROWTH_WITHOUT_PILOT_LOG_SD)
+    )
+    log_calibration = math.log(CALIBRATION_MEDIAN) + CALIBRATION_LOG_SD * normal_draws(rng, n_draws)
+    log_growth = math.log(median) + log_sd * normal_draws(rng, n_draws)
+    return np.asarray(np.exp(log_noise + log_calibration + log_growth))
+
+
+def draw_costs(
+    *,
+    step_time: StepTimeCurve,
+    loader: LoaderCurve | None,
+    noise_scale: NoiseScale | None,
+    memory: MemoryCurve | None,
+    workload: WorkloadSummary,
+    constraints: Constraints,
+    rng: np.random.Generator,
+) -> CostDraws | None:
+    """Draw what each candidate costs; none when no timed size is allowed.
+
+    Candidates are all timed sizes and, beyond the largest of them, 2, 4, 8, ... accumulated micro-batches of the best throughput, where the
+    loss lets a batch be split. With accumulation, t = A (t_micro - t_optimizer) + t_optimizer.
+    """
+    timed = [point for point in step_time.points if point.step_time_s.value is not None]
+    if memory is not None and memory.ceiling is not None:
+        ceiling = memory.ceiling
+        timed = [point for point in timed if point.micro_batch_size <= ceiling]
+    chosen = candidates(timed, workload, constraints)
+    if not chosen:
+        return None
+    times_s = np.column_stack([_step_time_draws(point, rng) for point in timed])
+    column = {point.micro_batch_size: i for i, point in enumerate(timed)}
+    optimizer_time_s = step_time.optimizer_time_s
+    compute = np.column_stack(
+        [accumulated_time_s(times_s[:, column[c.micro_batch_size]], optimizer_time_s, c.accumulation_steps) for c in chosen]
+    )
+    energies = [timed[column[c.micro_batch_size]].energy_per_step_j for c in chosen]
+    law = None
+    if step_time.fixed_time_s and step_time.saturated_samples_per_s and step_time.exponent:
+        law = StepTimeLaw(step_time.fixed_time_s, step_time.saturated_samples_per_s, step_time.exponent)
+    return CostDraws(
+        candidates=chosen,
+        compute_time_s=compute,
+        loader_samples_per_s=None if loader is None else _rate_draws(loader.samples_per_s, rng),
+        critical_batch_size=None if noise_scale is None else critical_batch_draws(noise_scale, rng, N_DRAWS),
+        energy_per_step_j=np.array([c.accumulation_steps * (energy or 0.0) for c, energy in zip(chosen, energies, strict=True)])
+        if all(energies)
+        else None,
+        measured_sizes=np.array([point.micro_batch_size for point in timed], dtype=np.float64),
+        measured_time_s=times_s,
+        optimizer_time_s=optimizer_time_s,
+        law=law,
+        world_size=constraints.world_size,
+    )
+
+
+def candidates(timed: list[ThroughputPoint], workload: WorkloadSummary, constraints: Constraints) -> tuple[Candidate, ...]:
+    """Global batches worth comparing, ascending, within the dataset and ``constraints``.
+
+    On several ranks none was timed with its communication, so all are ``extrapolated``.
+    """
+    ranks = constraints.world_size
+    cap = min(workload.train_size, constraints.max_global_batch_size or workload.train_size)
+    found = [
+        Candidate(point.micro_batch_size * ranks, point.micro_batch_size, 1, "measured" if ranks == 1 else "extrapolated")
+        for point in timed
+        if point.micro_batch_size * ranks <= cap
+    ]
+    if not found or workload.couples_samples:
+        return tuple(found)
+    largest_timed = max(point.micro_batch_size for point in timed) * ranks
+    best = max((p for p in timed if p.micro_batch_size * ranks <= cap), key=lambda p: p.samples_per_s.value or 0.0).micro_batch_size
+    largest = min(workload.train_size // LARGEST_SHARE_OF_DATASET, cap)
+    steps = 2
+    while steps * best * ranks <= largest:
+        if steps * best * ranks > largest_timed:
+            found.append(Candidate(steps * best * ranks, best, steps, "composed" if ranks == 1 else "extrapolated"))
+        steps *= 2
+    return tuple(sorted(found, key=lambda candidate: candidate.global_batch_size))
+
+
+def accumulated_time_s(micro_time_s: FloatArray, optimizer_time_s: float, accumulation_steps: int) -> FloatArray:
+    """Seconds of a step of several micro-batches: A (t_micro - t_optimizer) + t_optimizer."""
+    once_s = np.minimum(optimizer_time_s, micro_time_s)
+    return np.asarray(accumulation_steps * (micro_time_s - once_s) + once_s)
+
+
+def time_at(draws: CostDraws, global_batch_size: int) -> FloatArray:
+    """Draws of T at a size that is no candidate, from the timed sizes and the fitted law: extrapolated.
+
+    Between timed sizes the step time is interpolated in logarithms; below the smallest the law's ratio is used; above the largest,
+    equal micro-batches are accumulated.
+    """
+    per_rank = global_batch_size / draws.world_size
+    steps = math.ceil(per_rank / draws.measured_sizes[-1])
+    micro_s = _interpolated_time_s(draws, per_rank / steps)
+    size = np.array([global_batch_size], dtype=np.float64)
+    compute = accumulated_time_s(micro_s, draws.optimizer_time_s, steps)[:, None]
+    return np.asarray((draws.steps(size) * draws.limited_by_loader(compute, size))[:, 0])
+
+
+def relative_to_best(costs: FloatArray) -> FloatArray:
+    """Each draw's costs over the cost of that draw's best candidate."""
+    return np.asarray(costs / costs.min(axis=1, keepdims=True))
+
+
+def summarise(values: FloatArray) -> Estimate:
+    """Mean and 90 % interval of draws; never an interval that leaves the mean out."""
+    low, high = np.percentile(values, [5, 95])
+    mean = float(values.mean())
+    return Estimate(value=mean, low=min(float(low), mean), high=max(float(high), mean), n=len(values))
+
+
+def fit_tradeoff(
+    *,
+    step_time: StepTimeCurve,
+    loader: LoaderCurve | None,
+    noise_scale: NoiseScale | None,
+    memory: MemoryCurve | None,
+    workload: WorkloadSummary,
+    objective: Objective,
+    constraints: Constraints,
+    rng: np.random.Generator,
+) -> Tradeoff:
+    """Predicted cost of every candidate size relative to the best, draw by draw, and its expected regret.
+
+    Returns:
+        ``INDETERMINATE`` without a usable noise scale: the points then carry step times only.
+
+    Raises:
+        UsageError: The goal is energy and none was measured.
+
+    Source:
+        McCandlish et al. 2018, arXiv:1812.06162, equation 2.11; MATHS, step time and the optimum.
+    """
+    draws = draw_costs(
+        step_time=step_time, loader=loader, noise_scale=noise_scale, memory=memory, workload=workload, constraints=constraints, rng=rng
+    )
+    unknown = Estimate(value=None, low=None, high=None, n=0, status=Status.INDETERMINATE)
+    if draws is None:
+        return Tradeoff(status=Status.INDETERMINATE, critical_batch_size=unknown, points=(), remarks=("No timed size is allowed.",))
+    if draws.critical_batch_size is None or noise_scale is None:
+        draws.objective(objective.goal)
+        points = tuple(_point(draws, i, unknown, unknown, None, None) for i in range(len(draws.candidates)))
+        remark = "Without a noise scale nothing is known about how many samples each size needs."
+        return Tradeoff(status=Status.INDETERMINATE, critical_batch_size=unknown, points=points, remarks=(remark,))
+    regret = (relative_to_best(draws.objective(objective.goal)) - 1).mean(axis=0)
+    time = relative_to_best(draws.time())
+    samples = 1 + draws.sizes[None, :] / draws.critical_batch_size[:, None]
+    energy = relative_to_best(draws.energy()) if draws.energy_per_step_j is not None else None
+    points = tuple(
+        _point(
+            draws, i, summarise(time[:, i]), summarise(samples[:, i]), None if energy is None else summarise(energy[:, i]), float(regret[i])
+        )
+        for i in range(len(draws.candidates))
+    )
+    return Tradeoff(status=noise_scale.status, critical_batch_size=_critical(draws.critical_batch_size, noise_scale), points=points)
+
+
+def _noise_log_sd(noise: NoiseScale) -> float:
+    """Standard error of the logarithm of the noise scale; wide where the interval reaches down to zero."""
+    if not noise.low:
+        return AT_LEAST_LOG_SD
+    return log_standard_error(Estimate(value=noise.value, low=noise.low, high=noise.high, n=noise.n))
+
+
+def _critical(draws: FloatArray, noise: NoiseScale) -> Estimate:
+    low, median, high = (float(value) for value in np.percentile(draws, [5, 50, 95]))
+    bounded = noise.status is Status.OK
+    return Estimate(value=median, low=low, high=high if bounded else None, n=noise.n, status=noise.status)
+
+
+def _point(
+    draws: CostDraws, i: int, relative_time: Estimate, relative_samples: Estimate, relative_energy: Estimate | None, regret: float | None
+) -> TradeoffPoint:
+    candidate = draws.candidates[i]
+    step_s = float(np.median(draws.step_time_s()[:, i]))
+    compute_s = float(np.median(draws.compute_time_s[:, i]))
+    return TradeoffPoint(
+        global_batch_size=candidate.global_batch_size,
+        micro_batch_size=candidate.micro_batch_size,
+        accumulation_steps=candidate.accumulation_steps,
+        evidence=candidate.evidence,
+        step_time_s=step_s,
+        samples_per_s=candidate.global_batch_size / step_s,
+        loader_bound=step_s > 1.02 * compute_s,
+        relative_time=relative_time,
+        relative_samples=relative_samples,
+        relative_energy=relative_energy,
+        regret=regret,
+    )
+
+
+def _step_time_draws(point: ThroughputPoint, rng: np.random.Generator) -> FloatArray:
+    median_s = point.step_time_s.value or 0.0
+    log_sd = log_standard_error(point.step_time_s) if point.step_time_s.low is not None else UNREPEATED_LOG_SD
+    return np.asarray(median_s * np.exp(log_sd * normal_draws(rng, N_DRAWS)))
+
+
+def _rate_draws(samples_per_s: Estimate, rng: np.random.Generator) -> FloatArray | None:
+    if not samples_per_s.value:
+        return None
+    return np.asarray(samples_per_s.value * np.exp(log_standard_error(samples_per_s) * normal_draws(rng, N_DRAWS)))
+
+
+def _interpolated_time_s(draws: CostDraws, micro_batch_size: float) -> FloatArray:
+    sizes, times_s = draws.measured_sizes, draws.measured_time_s
+    if micro_batch_size <= sizes[0]:
+        if draws.law is None:
+            return np.asarray(times_s[:, 0])
+        at, anchor = draws.law.step_time_s(np.array([micro_batch_size, sizes[0]]))
+        return np.asarray(times_s[:, 0] * at / anchor)
+    upper = int(np.searchsorted(sizes, micro_batch_size))
+    share = math.log(micro_batch_size / sizes[upper - 1]) / math.log(sizes[upper] / sizes[upper - 1])
+    return np.asarray(np.exp((1 - share) * np.log(times_s[:, upper - 1]) + share * np.log(times_s[:, upper])))
