@@ -61,6 +61,19 @@ class WorkloadSource:
         """Whether the arguments ask for the help of the workload's function."""
         return any(argument in HELP_FLAGS for argument in self.arguments)
 
+    def check(self) -> None:
+        """Check the spec without importing anything.
+
+        Raises:
+            UsageError: The spec names no function, or a file that is not there.
+        """
+        place, _, attribute = self.spec.rpartition(":")
+        if not place or not attribute or "/" in attribute or attribute.endswith(".py"):
+            raise UsageError(_explain_missing_function(self.spec))
+        file = self._file()
+        if file is not None and not file.is_file():
+            raise UsageError(_explain_missing_file(Path(place)))
+
     def load(self) -> object:
         """Import the user's code and return the ``Workload`` that the spec names or makes.
 
@@ -130,12 +143,9 @@ class WorkloadSource:
         return Path(place).resolve() if place.endswith(".py") else None
 
     def _find(self) -> object:
+        self.check()
         place, _, attribute = self.spec.rpartition(":")
-        if not place or not attribute or "/" in attribute or attribute.endswith(".py"):
-            raise UsageError(_explain_missing_function(self.spec))
         file = self._file()
-        if file is not None and not file.is_file():
-            raise UsageError(_explain_missing_file(Path(place)))
         module = self._guard(lambda: _import_module(place) if file is None else _import_file(file), doing="while it was imported")
         if not hasattr(module, attribute):
             raise UsageError(_explain_missing_attribute(place, attribute, module))

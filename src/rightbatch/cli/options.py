@@ -1,0 +1,104 @@
+"""The options of every command; their docstrings are the help text. Imports nothing heavy."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter, Token
+from cyclopts.validators import Number
+
+from rightbatch.units import parse_bytes, parse_duration_s
+
+
+def _one_word(parse: Callable[[str], float]) -> Callable[[type, Sequence[Token]], float]:
+    """Let the parser convert one word, so that its message names the option and where the word came from."""
+
+    def convert(_: type, tokens: Sequence[Token]) -> float:
+        return parse(tokens[0].value)
+
+    return convert
+
+
+Size = Annotated[int, Parameter(converter=_one_word(parse_bytes), n_tokens=1, metavar="SIZE")]
+Duration = Annotated[float, Parameter(converter=_one_word(parse_duration_s), n_tokens=1, metavar="TIME")]
+Positive = Annotated[int, Parameter(validator=Number(gte=1))]
+NotNegative = Annotated[int, Parameter(validator=Number(gte=0))]
+WorkloadSpec = Annotated[
+    str, Parameter(help="FILE.py:FUNCTION or package.module:FUNCTION; the function returns a rightbatch.Workload.", show_env_var=False)
+]
+RunPath = Annotated[Path, Parameter(help="A run folder.", show_env_var=False)]
+Flag = Annotated[bool, Parameter(negative=(), show_default=False)]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """How the answer is printed."""
+
+    json: Flag = False
+    """Print one JSON document instead of text, also for errors."""
+    quiet: Flag = False
+    """Show no progress."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class MeasureOptions:
+    """How a workload is measured, by every command that measures."""
+
+    device: str = "auto"
+    """Where to measure: auto (an accelerator if there is one), cpu, cuda, cuda:1, mps."""
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] | None = None
+    """Overrides the workload's own precision."""
+    max_batch: Positive | None = None
+    """Largest micro-batch to consider, in samples."""
+    limit: Annotated[Size | None, Parameter(show_default=False)] = None
+    """Most memory that training may use, such as 24GiB; without it, what the device has free."""
+    budget: Annotated[Duration, Parameter(show_default=lambda _: "2m")] = 120.0
+    """Time that all measurements together may take, such as 90s or 2m."""
+    seed: NotNegative = 0
+    """Seed of everything that is drawn."""
+    threads: Positive | None = None
+    """Threads torch computes with; without it, torch's default."""
+    isolation: Literal["child", "in-process"] = "child"
+    """Where measurements run: in a process of their own, or in this one, which is then put back as it was."""
+    out: Path | None = None
+    """The run folder; without it, one below rightbatch-runs."""
+    fresh: Flag = False
+    """Measure again what the run folder already holds."""
+    config: Path | None = None
+    """Options as TOML; without it, the nearest rightbatch.toml or [tool.rightbatch] of pyproject.toml, upwards from here."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class FindOptions:
+    """What the answer is for."""
+
+    goal: Literal["time", "samples", "energy", "accuracy"] = "time"
+    """What to have least of until the target is reached (time, samples, energy), or the best accuracy at about the least time."""
+    max_global_batch: Positive | None = None
+    """Largest global batch size to recommend, in samples."""
+    world_size: Positive = 1
+    """Processes that will train together (data parallel)."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ShowOptions:
+    """What to show of a stored run."""
+
+    goal: Literal["time", "samples", "energy", "accuracy"] | None = None
+    """Judge the stored measurements by another goal than the run's own."""
+    schema: Flag = False
+    """Print the JSON schema of the run folder's files, and of what --json prints, instead of a run."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """Where the report goes."""
+
+    output: Annotated[Path | None, Parameter(alias="-o")] = None
+    """The HTML file; without it, report.html in each run folder."""

@@ -1,0 +1,85 @@
+"""What goes where: the answer alone on stdout, everything else on stderr."""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rightbatch.records.plan import Findings
+
+_STDOUT, _STDERR = 1, 2
+"""The descriptors that child processes and compiled code write to, whatever Python's own streams are."""
+
+_WIDEST = 100
+_WIDTH_WITHOUT_TERMINAL = 80
+
+
+def say(text: str) -> None:
+    """Write one message to stderr."""
+    with suppress(BrokenPipeError):
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+
+
+def answer(text: str) -> None:
+    """Write the answer to stdout; a reader that has gone away (``| head``) is no error."""
+    try:
+        sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _drop_stdout()
+
+
+def answer_findings(findings: "Findings", *, as_json: bool) -> None:
+    """Write findings to stdout, as the text report or as one JSON document."""
+    if as_json:
+        answer(findings.model_dump_json(indent=2))
+        return
+    from rightbatch.report.text import render_text
+
+    terminal = sys.stdout.isatty()
+    width = min(_WIDEST, shutil.get_terminal_size().columns) if terminal else _WIDTH_WITHOUT_TERMINAL
+    answer(render_text(findings, width=width, colour=terminal and not os.environ.get("NO_COLOR")))
+
+
+def answer_error(kind: str, message: str, exit_code: int) -> None:
+    """Write the JSON document that stands for an error."""
+    from rightbatch.records.record import SCHEMA_VERSION
+
+    error = {"type": kind, "message": message, "exit_code": exit_code}
+    answer(json.dumps({"schema_version": SCHEMA_VERSION, "error": error}, indent=2))
+
+
+@contextmanager
+def stdout_reserved() -> Iterator[None]:
+    """Send to stderr what the user's code prints meanwhile, in this process and in its children, so that stdout holds the answer alone."""
+    with suppress(BrokenPipeError):
+        sys.stdout.flush()
+    try:
+        saved = os.dup(_STDOUT)
+    except OSError:  # the process was started with its stdout closed
+        saved = None
+    else:
+        os.dup2(_STDERR, _STDOUT)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        if saved is not None:
+            os.dup2(saved, _STDOUT)
+            os.close(saved)
+
+
+def _drop_stdout() -> None:
+    """Point stdout nowhere, so that Python's own flush at exit does not complain about the broken pipe."""
+    try:
+        descriptor = sys.stdout.fileno()
+    except (AttributeError, OSError, ValueError):  # replaced by an object without one, as in tests and notebooks
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
