@@ -1,0 +1,79 @@
+"""CIFAR-10 and the classic CNN: two 5 x 5 convolutions, three linear layers, inputs from -1 to 1.
+
+Run: rightbatch find examples/cifar10.py:workload -- --data PATH
+PATH: torchvision's folder `cifar-10-batches-py`, the original `cifar-10-batches-bin` folder or `cifar-10-binary.tar.gz`,
+or an .npz with {train,test}_jpeg (joined JPEG files), {train,test}_offsets and {train,test}_labels; the last needs Pillow.
+"""
+
+import io
+import itertools
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+import rightbatch as rb
+
+
+class Net(nn.Sequential):
+    def __init__(self, width: int) -> None:
+        features = (nn.Conv2d(3, 6 * width, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6 * width, 16 * width, 5), nn.ReLU(), nn.MaxPool2d(2))
+        hidden = (nn.Flatten(), nn.Linear(400 * width, 120 * width), nn.ReLU(), nn.Linear(120 * width, 84 * width), nn.ReLU())
+        super().__init__(*features, *hidden, nn.Linear(84 * width, 10))
+
+
+class ArraysOnly(pickle.Unpickler):  # a pickle may run any code; a CIFAR-10 batch needs three names
+    def find_class(self, module: str, name: str) -> object:
+        names = {"_reconstruct": np.empty(0).__reduce__()[0], "ndarray": np.ndarray, "dtype": lambda code, *_: np.dtype(code, copy=True)}
+        if module.partition(".")[0] != "numpy" or name not in names:
+            raise pickle.UnpicklingError(f"a CIFAR-10 batch holds numpy arrays only; this one asks for {module}.{name}. Do not trust it.")
+        return names[name]
+
+
+class Cifar10(Dataset[tuple[Tensor, int]]):
+    def __init__(self, data: str, part: str) -> None:
+        path, names = Path(data), [f"data_batch_{i}" for i in range(1, 6)] if part == "train" else ["test_batch"]
+        if path.suffix == ".npz":
+            arrays = np.load(path)
+            jpeg = arrays[f"{part}_jpeg"].tobytes()
+            self.images = [jpeg[start:end] for start, end in itertools.pairwise(arrays[f"{part}_offsets"])]
+            self.labels = arrays[f"{part}_labels"]
+        elif (path / names[0]).is_file():
+            batches = [ArraysOnly(io.BytesIO((path / name).read_bytes()), encoding="latin1").load() for name in names]
+            self.images = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
+            self.labels = np.concatenate([batch["labels"] for batch in batches])
+        elif path.name.endswith(".tar.gz"):
+            with tarfile.open(path) as archive:
+                self.use_records([archive.extractfile(f"cifar-10-batches-bin/{name}.bin").read() for name in names])
+        elif (path / f"{names[0]}.bin").is_file():
+            self.use_records([(path / f"{name}.bin").read_bytes() for name in names])
+        else:
+            raise FileNotFoundError(f"--data must name one of the forms of CIFAR-10 listed on top of {__file__}; got {data!r}.")
+
+    def use_records(self, files: list[bytes]) -> None:
+        records = np.frombuffer(b"".join(files), dtype=np.uint8).reshape(-1, 1 + 3 * 32 * 32)  # a label, then red, green, blue
+        self.images, self.labels = records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = self.images[index]
+        if isinstance(image, bytes):
+            from PIL import Image  # decoding on demand is the loader's real work
+
+            image = np.asarray(Image.open(io.BytesIO(image)).convert("RGB")).transpose(2, 0, 1)
+        return (torch.tensor(image) / 255 - 0.5) / 0.5, int(self.labels[index])  # ToTensor, then Normalize(0.5, 0.5)
+
+
+def workload(width: int = 1, data: str = "cifar-10-batches-py") -> rb.Workload:
+    """The classic CNN on CIFAR-10."""
+    return rb.Workload(
+        model=lambda: Net(width), train=Cifar10(data, "train"), valid=Cifar10(data, "test"), loss=nn.functional.cross_entropy,
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9), lr_batch_size=128, num_workers=2,
+        metric=lambda scores, labels: (scores.argmax(dim=1) == labels).float().mean().item(),
+    )  # fmt: skip
