@@ -135,11 +135,16 @@ class ChildHost:
         self._connection = Connection(ours.detach())
         self._send(cloudpickle.dumps((sys.path, os.getcwd())) if os.path.isdir(".") else cloudpickle.dumps((sys.path, None)))  # noqa: PTH109, PTH112
         self._send(self._build)
-        outcome = self._receive()
-        if not isinstance(outcome, Completed):
-            reason = outcome.message if isinstance(outcome, OutOfMemory) else outcome.signal_name
+        try:
+            outcome = self._receive()
+        except BaseException:
             self.close()
-            raise IsolationError(f"the child process must load the workload before it measures; it ended with {reason}; is memory short?")
+            raise
+        if not isinstance(outcome, Completed):
+            self.close()
+            raise IsolationError(
+                f"the child process must load the workload before it measures; it ended with {outcome.signal_name}; is memory short?"
+            )
 
     def call(self, probe: Callable[Concatenate[Rig, P], T], *args: P.args, **kwargs: P.kwargs) -> Completed[T] | OutOfMemory | Killed:
         """Run a probe in the child; being killed or running out of memory is an outcome."""

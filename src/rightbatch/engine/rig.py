@@ -106,14 +106,17 @@ class Rig:
         """Return a batch of these very samples on the device."""
         return self.place(self.collate([self.workload.train[int(index)] for index in indices]))
 
-    def describe(self) -> WorkloadSummary:
-        """Run the model on a few samples and say what the workload is.
+    def describe(self, sample_count: int = 8) -> WorkloadSummary:
+        """Run the model forward on a few samples and say what the workload is.
+
+        Args:
+            sample_count: Samples to run; below two, a loss that sums or couples samples cannot be told from a mean.
 
         Raises:
             WorkloadError: The model, loss or optimizer does not do what a workload's must.
         """
         trainee = self.new_trainee(compiled=False)
-        reduction, coupled = self._loss_behaviour(trainee)
+        reduction, coupled = self._loss_behaviour(trainee, sample_count)
         self._loss_is_sum = reduction == "sum"
         defaults = trainee.optimizer.defaults
         betas = defaults.get("betas")
@@ -140,11 +143,11 @@ class Rig:
             compiled=self.workload.compile,
         )
 
-    def _loss_behaviour(self, trainee: Trainee) -> tuple[str, bool]:
+    def _loss_behaviour(self, trainee: Trainee, sample_count: int) -> tuple[str, bool]:
         """Say how the loss reduces a batch and whether it couples samples, from two halves of a batch and the whole, in eval mode."""
         if self.workload.step is not None:
             return "counted", False
-        indices = range(min(8, self.train_size) // 2 * 2) or range(1)
+        indices = range(min(sample_count, self.train_size) // 2 * 2) or range(1)
         whole = self.real_batch(indices)
         trainee.model.eval()
         with torch.no_grad():

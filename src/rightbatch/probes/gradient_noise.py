@@ -1,5 +1,6 @@
 """How noisy gradients are: norms of micro-batch gradients at frozen parameters, at initialisation and along a short pilot run."""
 
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -11,8 +12,13 @@ from rightbatch.engine.step import Trainee, backward_mean, train_step
 from rightbatch.records.measurements import GradientNoiseMeasurements, GradientNorms, NoiseProblem
 
 _BLOCK_BUDGET_BYTES = 2**30
-_FEWEST_MICRO_BATCHES = 16
+_FIRST_TEST = 16
+"""Micro-batches before the first test whether a snapshot is precise enough; every doubling is tested after that."""
+_FEWEST_MICRO_BATCHES = 8
+"""Micro-batches that a snapshot takes even when the budget is over: fewer give no interval worth the name."""
 _PILOT_SNAPSHOTS = 3
+_PILOT_EPOCHS = 4
+"""A pilot goes no further than so many epochs: past them a small dataset is memorised, and its noise is not a run's any more."""
 
 
 def measure(
@@ -24,7 +30,9 @@ def measure(
     is_decided: Callable[[GradientNorms], bool],
     budget_s: float,
 ) -> GradientNoiseMeasurements:
-    """Measure the noise at initialisation, then three times along a pilot run that a third of the budget pays for.
+    """Measure the noise at initialisation, then three times along a pilot run of four epochs at most, spaced by factors of three.
+
+    A third of the budget pays for the pilot.
 
     The pilot trains a copy with the workload's own optimizer. Without one it is left out: the noise scale depends on the rate, and a rate
     of ours would measure another run than the user's.
@@ -40,6 +48,7 @@ def measure(
     trainee = rig.new_trainee()
     clock = rig.meters.clock
     has_pilot = rig.workload.optimizer is not None
+    milestones = tuple(math.ceil(_PILOT_EPOCHS * rig.train_size / 3**power) for power in reversed(range(_PILOT_SNAPSHOTS)))
     start_s = clock.now_s()
     snapshot_s = budget_s * (2 / 3 / (1 + _PILOT_SNAPSHOTS) if has_pilot else 1)
     pilot_s = budget_s / 3 / _PILOT_SNAPSHOTS
@@ -50,7 +59,7 @@ def measure(
     lr = float(trainee.optimizer.param_groups[0]["lr"]) if has_pilot else None
     for index in range(1 + _PILOT_SNAPSHOTS if has_pilot else 1):
         if index:
-            samples_seen += _pilot(rig, trainee, order, pilot_batch_size, samples_seen, pilot_s)
+            samples_seen = _pilot(rig, trainee, order, pilot_batch_size, (samples_seen, milestones[index - 1]), pilot_s)
         norms, problem = _snapshot(rig, trainee, micro_batch_size, samples_seen, is_decided, snapshot_s)
         if norms is not None:
             snapshots.append(norms)
@@ -76,17 +85,16 @@ _REMARKS = {
 }
 
 
-def _pilot(rig: Rig, trainee: Trainee, order: Iterator[int], batch_size: int, samples_before: int, budget_s: float) -> int:
-    """Train for a while; return the samples used."""
+def _pilot(rig: Rig, trainee: Trainee, order: Iterator[int], batch_size: int, samples: tuple[int, int], budget_s: float) -> int:
+    """Train from the first number of samples to the second, or until the budget ends; return the samples seen."""
     clock = rig.meters.clock
     end_s = clock.now_s() + budget_s
-    samples = 0
-    while samples == 0 or clock.now_s() < end_s:
-        rig.say(f"pilot run: {samples_before + samples} samples")
-        batch = rig.real_batch([next(order) for _ in range(batch_size)])
-        train_step(trainee, [batch])
-        samples += batch_size
-    return samples
+    seen, goal = samples
+    while seen == samples[0] or (seen < goal and clock.now_s() < end_s):
+        rig.say(f"pilot run: {seen} samples")
+        train_step(trainee, [rig.real_batch([next(order) for _ in range(batch_size)])])
+        seen += batch_size
+    return seen
 
 
 def _epochs(size: int, seed: int) -> Iterator[int]:
@@ -115,7 +123,7 @@ def _snapshot(
     end_s = clock.now_s() + budget_s
     order = np.random.default_rng(rig.seed + samples_seen).permutation(rig.train_size)
     tally = _Tally(trainee, micro_batch_size, samples_seen, rig.train_size)
-    test_at = _FEWEST_MICRO_BATCHES
+    test_at = _FIRST_TEST
     for index in range(available):
         rig.say(f"gradient noise after {samples_seen} samples: {index} micro-batches of {micro_batch_size}")
         if not tally.add(rig.real_batch(order[index * micro_batch_size : (index + 1) * micro_batch_size].tolist())):

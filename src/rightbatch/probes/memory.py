@@ -44,6 +44,11 @@ def trace(rig: Rig) -> MemoryTrace:
     )
 
 
+def no_trace(remark: str) -> MemoryTrace:
+    """Return the trace that says that there is none."""
+    return MemoryTrace(batch_sizes=_TRACED_SIZES, recorded_on="none", event_count=0, moments=(), consistent=False, remark=remark)
+
+
 class _Shares:
     """Bytes by kind, filled in while recording."""
 

@@ -7,7 +7,7 @@ from typing import Literal, TypeVar
 from rightbatch.engine.isolation import ChildHost, Completed, Host, InProcessHost, Killed, OutOfMemory
 from rightbatch.engine.provenance import environment
 from rightbatch.engine.rig import Rig
-from rightbatch.errors import IsolationError
+from rightbatch.errors import IsolationError, NothingFitsError
 from rightbatch.fits import memory as memory_fit
 from rightbatch.fits import noise_scale as noise_fit
 from rightbatch.fits import step_time as step_time_fit
@@ -32,10 +32,14 @@ Purpose = Literal["touch", "approach", "proof"]
 SHARES: Mapping[Part, float] = {Part.MEMORY: 0.2, Part.STEP_TIME: 0.3, Part.LOADER: 0.1, Part.GRADIENT_NOISE: 0.4}
 """How the budget is divided among the parts that are still to be measured."""
 
+_BUDGET_IN_USE = 0.95
+"""The rest is for steps that overrun, and for judging."""
 _ATTEMPT_STEPS = 3.0
 """An attempt takes two steps, and its batch and model must be made: about the time of three."""
 _LARGEST_ROUND_SHARE = 0.1
 """No size is timed whose step alone takes more of the part's time than this."""
+_COMMON_SIZES = (32, 128)
+"""Always timed, because people ask what they would cost; 64 and 256 come with the knee or are interpolated."""
 _DEFAULT_PILOT_BATCH = 64
 _NOISE_MICRO_BATCH = 32
 _GHOST_BATCH = 8
@@ -71,9 +75,20 @@ class Measuring:
         return self._clock_s() - self._start_s
 
     def describe(self) -> tuple[WorkloadSummary, Environment]:
-        """Ask what the workload is, and where it runs."""
+        """Ask what the workload is, and where it runs.
+
+        Raises:
+            NothingFitsError: Memory runs out on a single sample, without any training.
+        """
         self._stage = "workload"
-        return self._required(Rig.describe), self._required(environment, self._request.isolation)
+        described = self._host.call(Rig.describe)
+        if not isinstance(described, Completed):
+            described = self._host.call(Rig.describe, 1)
+        if not isinstance(described, Completed):
+            raise NothingFitsError(
+                f"one sample must fit in memory to train at all; it does not ({_words(described)}); use a smaller model or input."
+            )
+        return described.value, self._required(environment, self._request.isolation)
 
     def on_host(self, probe: Callable[[Rig], T]) -> T:
         """Run something small beside the workload."""
@@ -81,7 +96,7 @@ class Measuring:
 
     def share_s(self, part: Part, waiting: frozenset[Part]) -> float:
         """Return the seconds that a part may take: its share of what is left for the parts still waiting."""
-        left_s = max(0.0, self._request.budget_s - self.elapsed_s)
+        left_s = max(0.0, _BUDGET_IN_USE * self._request.budget_s - self.elapsed_s)
         return left_s * SHARES[part] / sum(SHARES[other] for other in waiting)
 
     def memory(self, workload: WorkloadSummary, budget_s: float) -> MemoryMeasurements:
@@ -89,7 +104,8 @@ class Measuring:
         self._stage = "memory"
         end_s = self._clock_s() + budget_s
         limit, allocator = self._required(memory.limit, self._request.limit_bytes)
-        trace = self._required(memory.trace)
+        traced = self._host.call(memory.trace)
+        trace = traced.value if isinstance(traced, Completed) else memory.no_trace(f"Memory ran out while recording ({_words(traced)}).")
         cap = min(workload.train_size, self._request.max_batch or workload.train_size)
         points: list[MemoryPoint] = []
         for size in memory_fit.touch_sizes(trace, limit.limit_bytes, cap):
@@ -137,7 +153,7 @@ class Measuring:
         )
         seconds_a_sample = min(seconds / size for size, seconds in scan)
         largest = ceiling if ran[ceiling] <= affordable_s else max(scan[-1][0], _power_of_two_below(affordable_s / seconds_a_sample))
-        wanted = [size for size in (128, workload.lr_batch_size or 128) if size <= largest]
+        wanted = [size for size in (*_COMMON_SIZES, workload.lr_batch_size or _COMMON_SIZES[0]) if size <= largest]
         sizes = step_time_fit.candidate_sizes(scan, largest=min(largest, ceiling), must_include=wanted)
         return self._required(
             partial(
