@@ -1,0 +1,124 @@
+"""What was measured, in words: memory, speed, gradient noise."""
+
+from rightbatch.records.estimates import LoaderCurve, MemoryCurve, NoiseScale, StepTimeCurve
+from rightbatch.records.measurements import MemoryPoint, Outcome
+from rightbatch.records.plan import Findings
+from rightbatch.report.document import Section, Table
+from rightbatch.report.phrases import estimate, number, percent, plain
+from rightbatch.units import format_bytes, format_duration_s
+
+OUTCOMES = {Outcome.RAN: "ran", Outcome.OUT_OF_MEMORY: "out of memory", Outcome.KILLED: "killed", Outcome.OVER_LIMIT: "over the limit"}
+"""Words for how an attempt ended."""
+
+
+def memory(findings: Findings) -> Section | None:
+    """Say what the ceiling is, what stopped the search, and what fills the memory."""
+    curve = findings.memory
+    if curve is None:
+        return None
+    sentences = [_ceiling_sentence(curve), *_calibration_sentences(curve)]
+    if curve.peak_module or curve.peak_operation:
+        place = " in ".join(plain(word) for word in (curve.peak_operation, curve.peak_module) if word)
+        sentences.append(f"Memory peaks at {place}.")
+    sentences.extend(plain(remark) for remark in curve.remarks)
+    shares = tuple((share.name, format_bytes(share.size_bytes)) for share in curve.shares if share.size_bytes)
+    tables = [Table(caption="At the peak", header=("kind of memory", "size"), rows=shares)] if shares else []
+    if curve.points:
+        header = ("micro-batch", "measured", "how it ended")
+        tables.append(
+            Table(
+                caption="Sizes that were tried", header=header, rows=tuple(_memory_row(point) for point in curve.points), behind_chart=True
+            )
+        )
+    return Section(key="memory", title="Memory", sentences=tuple(sentences), tables=tuple(tables))
+
+
+def _memory_row(point: MemoryPoint) -> tuple[str, str, str]:
+    used = "" if point.used_bytes is None else format_bytes(point.used_bytes)
+    return str(point.micro_batch_size), used, OUTCOMES[point.outcome]
+
+
+def _ceiling_sentence(curve: MemoryCurve) -> str:
+    limit = f"{format_bytes(curve.limit.limit_bytes)} ({plain(curve.limit.source)})"
+    if curve.ceiling is None:
+        return f"One sample needs {format_bytes(curve.bytes_at_one)}; the limit is {limit}."
+    if curve.ceiling_is_limit:
+        return f"The largest micro-batch that ran within the limit of {limit} is {curve.ceiling}."
+    source = "the dataset" if curve.largest_allowed_source == "dataset" else curve.largest_allowed_source
+    stop = {"cap": f"{source} allows no more", "budget": "the time budget ended the search"}
+    reason = stop.get(curve.stopped_by, "the search stopped there")
+    return f"A micro-batch of {curve.ceiling} ran within the limit of {limit}; {reason}, so more may fit."
+
+
+def _calibration_sentences(curve: MemoryCurve) -> list[str]:
+    sentences = []
+    if curve.recorded_on == "none":
+        sentences.append("No allocation trace could be recorded, so the ceiling was searched for.")
+    if curve.ceiling_is_limit and curve.predicted_ceiling is not None and curve.predicted_ceiling != curve.ceiling:
+        sentences.append(f"The calibrated trace lets {curve.predicted_ceiling} fit (extrapolated).")
+    if curve.calibration_error is not None:
+        sentences.append(f"Measured and calibrated sizes differ by {percent(curve.calibration_error)} at most.")
+    return sentences
+
+
+def speed(findings: Findings) -> Section | None:
+    """Say where throughput stops growing, what a step costs, and whether the data loader limits."""
+    curve = findings.step_time
+    if curve is None:
+        return None
+    sentences = [plain(reason) for reason in curve.reasons]
+    sentences.extend(_knee_sentences(curve))
+    if curve.fixed_time_s is not None and curve.saturated_samples_per_s is not None:
+        fixed, rate = format_duration_s(curve.fixed_time_s), number(curve.saturated_samples_per_s)
+        error = "" if curve.fit_error is None else f"; the fit is within {percent(curve.fit_error)}"
+        sentences.append(f"A step costs {fixed} however small it is, and large batches approach {rate} samples/s{error}.")
+    sentences.append(f"The optimizer's own part of a step takes {format_duration_s(curve.optimizer_time_s)}.")
+    if findings.loader is not None:
+        sentences.append(_loader_sentence(findings.loader, curve))
+        sentences.extend([plain(findings.loader.remark)] if findings.loader.remark else [])
+    rows = tuple(
+        (str(point.micro_batch_size), estimate(point.step_time_s, format_duration_s), estimate(point.samples_per_s))
+        for point in curve.points
+    )
+    header = ("micro-batch", "step, 95 % interval", "samples/s, 95 % interval")
+    tables = (Table(caption="Steps without accumulation", header=header, rows=rows, behind_chart=True),) if rows else ()
+    return Section(key="speed", title="Speed", sentences=tuple(sentences), tables=tables)
+
+
+def _knee_sentences(curve: StepTimeCurve) -> list[str]:
+    if curve.knee is None:
+        return []
+    best = "" if curve.best in {None, curve.knee} else f"; the best was measured at {curve.best}"
+    return [f"From a micro-batch of {curve.knee} on, throughput is within 3 % of the best{best}."]
+
+
+def _loader_sentence(loader: LoaderCurve, curve: StepTimeCurve) -> str:
+    rate = loader.samples_per_s.value
+    workers = f"{loader.num_workers} worker{'' if loader.num_workers == 1 else 's'}"
+    if rate is None:
+        return "The data loader's throughput could not be measured."
+    fastest = max((point.samples_per_s.value or 0.0 for point in curve.points), default=0.0)
+    verdict = "so the loader limits, not the device" if rate < fastest else "more than the device can take"
+    return f"The data loader with {workers} delivers {estimate(loader.samples_per_s)} samples/s, {verdict}."
+
+
+def noise(findings: Findings) -> Section | None:
+    """Say how noisy the gradient is, with every snapshot."""
+    scale = findings.noise_scale
+    if scale is None:
+        return None
+    sentences = [_noise_sentence(scale), *(plain(remark) for remark in scale.remarks)]
+    rows = tuple((str(snapshot.samples_seen), estimate(snapshot.noise_scale), str(snapshot.noise_scale.n)) for snapshot in scale.snapshots)
+    header = ("samples seen", "noise scale, 95 % interval", "gradients")
+    tables = (Table(caption="Snapshots at frozen parameters", header=header, rows=rows, behind_chart=True),) if rows else ()
+    return Section(key="noise", title="Gradient noise", sentences=tuple(sentences), tables=tables)
+
+
+def _noise_sentence(scale: NoiseScale) -> str:
+    count = f"from the gradients of {scale.n} samples"
+    if scale.value is not None and scale.low is not None and scale.high is not None:
+        interval = f"{number(scale.value)} samples, 95 % interval {number(scale.low)} to {number(scale.high)}"
+        return f"The simple noise scale is {interval}, {count}."
+    if scale.low is not None:
+        return f"The simple noise scale is at least {number(scale.low)} samples, {count}; there is no upper bound."
+    return f"The noise scale could not be determined {count} ({scale.status.value.replace('_', ' ')})."
