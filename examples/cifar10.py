@@ -1,4 +1,4 @@
-"""CIFAR-10 and the classic CNN: two 5 x 5 convolutions, three linear layers, inputs from -1 to 1.
+"""CIFAR-10 and the classic CNN: three 3 x 3 convolutions, two linear layers, inputs from -1 to 1.
 
 Run: rightbatch find examples/cifar10.py:workload -- --data PATH
 PATH: torchvision's folder `cifar-10-batches-py`, the original `cifar-10-batches-bin` folder or `cifar-10-binary.tar.gz`,
@@ -21,9 +21,9 @@ import rightbatch as rb
 
 class Net(nn.Sequential):
     def __init__(self, width: int) -> None:
-        features = (nn.Conv2d(3, 6 * width, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6 * width, 16 * width, 5), nn.ReLU(), nn.MaxPool2d(2))
-        hidden = (nn.Flatten(), nn.Linear(400 * width, 120 * width), nn.ReLU(), nn.Linear(120 * width, 84 * width), nn.ReLU())
-        super().__init__(*features, *hidden, nn.Linear(84 * width, 10))
+        channels = (3, width, 2 * width, 4 * width)
+        blocks = [(nn.Conv2d(m, n, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)) for m, n in itertools.pairwise(channels)]
+        super().__init__(*itertools.chain(*blocks), nn.Flatten(), nn.Linear(64 * width, 128), nn.ReLU(), nn.Linear(128, 10))
 
 
 class ArraysOnly(pickle.Unpickler):  # a pickle may run any code; a CIFAR-10 batch needs three names
@@ -70,7 +70,7 @@ class Cifar10(Dataset[tuple[Tensor, int]]):
         return (torch.tensor(image) / 255 - 0.5) / 0.5, int(self.labels[index])  # ToTensor, then Normalize(0.5, 0.5)
 
 
-def workload(width: int = 1, data: str = "cifar-10-batches-py") -> rb.Workload:
+def workload(width: int = 32, data: str = "cifar-10-batches-py") -> rb.Workload:
     """The classic CNN on CIFAR-10."""
     return rb.Workload(
         model=lambda: Net(width), train=Cifar10(data, "train"), valid=Cifar10(data, "test"), loss=nn.functional.cross_entropy,

@@ -1,12 +1,11 @@
 """Seeded cases of planted laws, and what the whole of ``find`` must recover from each."""
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from fakes import DIMENSION, FakeDevice, GivenSource, planted_rig, planted_samples, planted_workload
 
+from fakes import DIMENSION, FakeDevice, GivenSource, planted_rig, planted_samples, planted_workload
 from rightbatch.engine.rig import Rig
 from rightbatch.probes.memory import trace
 from rightbatch.records.plan import Findings
@@ -31,7 +30,7 @@ class PlantedCase:
     noise_scale: float = 300.0
     half_saturation: float = 40.0
     saturated_samples_per_s: float = 20_000.0
-    loader_samples_per_s: float = math.inf
+    loader_samples_per_s: float = 1e5
     jitter: float = 0.0
     out_of_memory_at_one: bool = False
 
@@ -78,7 +77,8 @@ def planted_device(case: PlantedCase) -> FakeDevice:
 def find_planted(case: PlantedCase, out: Path | None = None) -> tuple[Findings, FakeDevice]:
     """Run the whole of ``find`` on the device of a case."""
     device = planted_device(case)
-    workload = planted_workload(device, planted_samples(case.noise_scale, case.train_size, case.seed))
+    samples = planted_samples(case.noise_scale, case.train_size, case.seed)
+    workload = planted_workload(device, samples, lr=1e-9, lr_batch_size=64)
     request = Request(isolation="in-process", out=out, save=out is not None, seed=case.seed, budget_s=600)
     found = find(GivenSource(workload), request, SilentProgress(), build_rig=planted_rig(device, workload), clock_s=device.now_s)
     return found.findings, device

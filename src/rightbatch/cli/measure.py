@@ -87,7 +87,7 @@ def build_request(command: str, measuring: MeasureOptions, wanted: FindOptions) 
 
 
 def exit_code(command: str, findings: "Findings") -> int:
-    """Return 0 when the command's question was answered, 4 when nothing fits, 5 when the measurements decide nothing.
+    """Return 0 when the command's question was answered, 4 when nothing fits, 5 when the measurements decide nothing or cannot be trusted.
 
     ``memory``, ``speed`` and ``noise`` ask for less than a recommendation, so their own part decides.
     """
@@ -97,12 +97,12 @@ def exit_code(command: str, findings: "Findings") -> int:
     if recommendation.status == "nothing_fits":
         return NOTHING_FITS
     if command == "find":
-        return INCONCLUSIVE if recommendation.status == "inconclusive" or recommendation.plan is None else ANSWERED
+        return ANSWERED if recommendation.status == "ok" and recommendation.plan is not None else INCONCLUSIVE
     if command == "noise":
         answered: AbstractSet[Status] = {Status.OK, Status.AT_LEAST}
         return ANSWERED if findings.noise_scale is not None and findings.noise_scale.status in answered else INCONCLUSIVE
     part = findings.memory if command == "memory" else findings.step_time
-    return INCONCLUSIVE if part is None or part.status is Status.INDETERMINATE else ANSWERED
+    return INCONCLUSIVE if part is None or part.status in {Status.INDETERMINATE, Status.UNSTABLE} else ANSWERED
 
 
 def _keep_report(findings: "Findings", path: Path, *, quiet: bool) -> None:

@@ -18,7 +18,8 @@ from rightbatch.records.measurements import WorkloadSummary
 from rightbatch.workload.ingredients import Batch, Precision, Workload, map_tensors, tensors_of
 
 _POOL_SIZE = 256
-_STAND_IN_LR = 0.05
+_STAND_IN_LR = 1e-3
+"""Of the Adam that stands in where the workload names no optimizer: a rate at which most networks learn something."""
 _BATCH_NORM = (nn.modules.batchnorm._BatchNorm,)  # noqa: SLF001  # the common base of all batch normalisations
 
 
@@ -63,7 +64,7 @@ class Rig:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not trained:
             raise WorkloadError("training needs a parameter that requires a gradient; the model has none; is it frozen?")
-        optimizer = torch.optim.SGD(trained, lr=_STAND_IN_LR, momentum=0.9) if workload.optimizer is None else workload.optimizer(trained)
+        optimizer = torch.optim.Adam(trained, lr=_STAND_IN_LR) if workload.optimizer is None else workload.optimizer(trained)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise WorkloadError(f"optimizer must build a torch.optim.Optimizer; it returned {type(optimizer).__name__}.")
         scaler = GradScaler(self.device.type) if workload.precision == "fp16" else None
@@ -106,7 +107,7 @@ class Rig:
         """Return a batch of these very samples on the device."""
         return self.place(self.collate([self.workload.train[int(index)] for index in indices]))
 
-    def describe(self, sample_count: int = 8) -> WorkloadSummary:
+    def describe(self, sample_count: int = 4) -> WorkloadSummary:
         """Run the model forward on a few samples and say what the workload is.
 
         Args:

@@ -119,7 +119,19 @@ def touch_sizes(trace: MemoryTrace, limit_bytes: int, largest_allowed: int) -> t
         min(fixed + max(_SECOND_TOUCH_BYTES, limit_bytes // LARGEST_GROWTH**3), limit_bytes // 3),
     )
     sizes = {_largest(lambda b, target=target: traced_peak_bytes(trace, b) <= target, smallest, largest_allowed) for target in targets}  # type: ignore[misc]
+    touched = min(sizes)
+    if len(sizes) == 1 and touched < largest_allowed:  # one point calibrates nothing
+        companion = max(smallest, touched // 2) if touched > smallest else touched + 1
+        sizes |= {companion} if traced_peak_bytes(trace, companion) <= limit_bytes else set()
     return tuple(sorted(sizes))
+
+
+def touch_is_safe(trace: MemoryTrace, limit_bytes: int, points: Sequence[MemoryPoint], size: int) -> bool:
+    """Whether a touch stays within the limit even if the device needs as many times the traced growth as is sane at all."""
+    ran = [p for p in points if p.outcome is Outcome.RAN]
+    if not ran or not trace.moments:
+        return len(ran) == len(points)
+    return len(ran) == len(points) and _pessimistic_use(trace, points[:1], ran[0])(size) <= limit_bytes
 
 
 def next_attempt(
@@ -239,9 +251,14 @@ def _first_attempt(trace: MemoryTrace, limit_bytes: int, cap: int, failed: int |
 
 
 def _pessimistic_use(trace: MemoryTrace, points: Sequence[MemoryPoint], largest: MemoryPoint) -> Callable[[int], int]:
-    """The larger of the calibrated line and the line of the same slope through the largest size that ran."""
+    """The larger of the calibrated line and the line of the same slope through the largest size that ran.
+
+    A single measured size tells no slope: then the steepest sane one is assumed, so that the second size is safe whatever the truth.
+    """
     calibration = calibrate(trace, points)
     traced = _regressor(trace, largest.micro_batch_size)
+    if trace.moments and sum(p.used_bytes is not None for p in points) == 1:
+        return lambda b: round((largest.used_bytes or 0) + SANE_SCALES[1] * (_regressor(trace, b) - traced))
     lift = max((largest.used_bytes or 0) - calibration.used_bytes(traced), 0)
     return lambda b: calibration.used_bytes(_regressor(trace, b)) + lift
 
@@ -252,6 +269,8 @@ def _margin(trace: MemoryTrace, points: Sequence[MemoryPoint]) -> float:
     The error is how badly the smaller sizes foretold the largest, or the line misses the largest two, whichever is worse.
     """
     measured = sorted((p for p in points if p.used_bytes is not None), key=lambda p: p.micro_batch_size)
+    if len(measured) == 1 and trace.moments:
+        return 0.0  # the steepest sane slope is assumed already
     if len(measured) < 2 or (len(measured) == 2 and not trace.moments):
         return _ERROR_OF_ONE_POINT
     calibration, earlier = calibrate(trace, measured), calibrate(trace, measured[:-1])

@@ -52,12 +52,12 @@ def candidate_sizes(
         limit: Most sizes to return.
 
     Returns:
-        Ascending, distinct sizes from 1 to ``largest``: always ``largest``, then ``must_include``, then the knee of the scan and its
-        neighbours from a sixteenth of it to four times it, nearest first, as far as ``limit`` allows.
+        Ascending, distinct sizes from 1 to ``largest``: always ``largest``, then ``must_include``, then the knee of the scan, its halves
+        down to a thirty-second, and its double, as far as ``limit`` allows. The optimum for time lies below the knee, at
+        sqrt(B_crit * b_half): under the affine law the knee is 32 times b_half.
     """
     knee = _scanned_knee(scan, largest)
-    around = sorted(range(-4, 3), key=lambda exponent: (abs(exponent), -exponent))
-    wanted = [largest, *must_include, *(round(knee * 2.0**exponent) for exponent in around)]
+    wanted = [largest, *must_include, *(round(knee * 2.0**exponent) for exponent in (0, -1, -2, -3, -4, -5, 1, -6))]
     chosen = list(dict.fromkeys(size for size in wanted if 1 <= size <= largest))
     return tuple(sorted(chosen[:limit]))
 

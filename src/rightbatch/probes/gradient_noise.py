@@ -34,8 +34,7 @@ def measure(
 
     A third of the budget pays for the pilot.
 
-    The pilot trains a copy with the workload's own optimizer. Without one it is left out: the noise scale depends on the rate, and a rate
-    of ours would measure another run than the user's.
+    The pilot trains a copy with the workload's own optimizer, or with the rig's stand-in.
 
     Args:
         rig: The workload on its device.
@@ -47,17 +46,16 @@ def measure(
     """
     trainee = rig.new_trainee()
     clock = rig.meters.clock
-    has_pilot = rig.workload.optimizer is not None
     milestones = tuple(math.ceil(_PILOT_EPOCHS * rig.train_size / 3**power) for power in reversed(range(_PILOT_SNAPSHOTS)))
     start_s = clock.now_s()
-    snapshot_s = budget_s * (2 / 3 / (1 + _PILOT_SNAPSHOTS) if has_pilot else 1)
+    snapshot_s = budget_s * 2 / 3 / (1 + _PILOT_SNAPSHOTS)
     pilot_s = budget_s / 3 / _PILOT_SNAPSHOTS
     snapshots: list[GradientNorms] = []
     samples_seen = 0
     order = _epochs(rig.train_size, rig.seed + 1)
     problem: NoiseProblem | None = None
-    lr = float(trainee.optimizer.param_groups[0]["lr"]) if has_pilot else None
-    for index in range(1 + _PILOT_SNAPSHOTS if has_pilot else 1):
+    lr = float(trainee.optimizer.param_groups[0]["lr"])
+    for index in range(1 + _PILOT_SNAPSHOTS):
         if index:
             samples_seen = _pilot(rig, trainee, order, pilot_batch_size, (samples_seen, milestones[index - 1]), pilot_s)
         norms, problem = _snapshot(rig, trainee, micro_batch_size, samples_seen, is_decided, snapshot_s)
@@ -125,7 +123,7 @@ def _snapshot(
     tally = _Tally(trainee, micro_batch_size, samples_seen, rig.train_size)
     test_at = _FIRST_TEST
     for index in range(available):
-        rig.say(f"gradient noise after {samples_seen} samples: {index} micro-batches of {micro_batch_size}")
+        rig.say(f"gradient noise after {samples_seen} samples: {index} micro-batches")
         if not tally.add(rig.real_batch(order[index * micro_batch_size : (index + 1) * micro_batch_size].tolist())):
             return None, NoiseProblem.NON_FINITE_LOSS
         if tally.count >= _FEWEST_MICRO_BATCHES and clock.now_s() > end_s:

@@ -12,6 +12,7 @@ from rightbatch.workload.ingredients import Batch, sample_count
 _BATCH_SIZE = 128
 _ROUNDS = 3
 _LEAST_ROUND_S = 0.05
+_MOST_ROUND_S = 0.7
 
 
 def measure(rig: Rig, *, budget_s: float) -> LoaderMeasurements:
@@ -47,7 +48,7 @@ def _point(rig: Rig, num_workers: int, batch_size: int, budget_s: float) -> Load
     stream = _forever(loader)
     for _ in range(1 + 3 * num_workers):
         next(stream)
-    round_s = max(_LEAST_ROUND_S, (end_s - clock.now_s()) / _ROUNDS)
+    round_s = min(_MOST_ROUND_S, max(_LEAST_ROUND_S, (end_s - clock.now_s()) / _ROUNDS))
     rates = []
     for _ in range(_ROUNDS):
         start_s, samples, elapsed_s = clock.now_s(), 0, 0.0

@@ -207,7 +207,7 @@ class WorkloadSummary(Record):
     optimizer: str
     """Class name of the optimizer, such as ``SGD``."""
     optimizer_given: bool
-    """False when the workload named no optimizer and a plain SGD stood in for it."""
+    """False when the workload named no optimizer and an Adam with rate 0.001 stood in for it."""
     momentum: float | None = None
     betas: tuple[float, float] | None = None
     weight_decay: float | None = None

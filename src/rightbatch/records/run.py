@@ -7,7 +7,7 @@
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Literal
@@ -169,6 +169,17 @@ class RunFolder:
             yield
         finally:
             lock.release()
+
+    @contextmanager
+    def removed_if_empty(self) -> Iterator[None]:
+        """Leave no folder behind when nothing was written into it, because the workload could not be loaded, for example."""
+        try:
+            yield
+        finally:
+            if {entry.name for entry in self.path.iterdir()} <= {LOCK_FILE}:
+                (self.path / LOCK_FILE).unlink(missing_ok=True)
+                with suppress(OSError):
+                    self.path.rmdir()
 
     def read_manifest(self) -> RunManifest | None:
         """Read ``run.json``; none when it was not written yet.

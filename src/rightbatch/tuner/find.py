@@ -115,16 +115,20 @@ def find(
         state = _State(None, "", {})
         findings = _measure_and_judge(source, request, progress, state, command, build_rig, clock_s)
         return FoundRun(findings=findings, folder=None)
-    path = (
-        request.out or RUNS_FOLDER / f"{source.name}-{_digest(source.spec, *source.arguments, request.device, str(request.precision))[:8]}"
-    )
+    path = request.out or RUNS_FOLDER / _folder_name(source, request)
     folder = RunFolder.create(path, fresh=request.fresh)
-    with folder.lock():
+    with folder.lock(), folder.removed_if_empty():
         state = _stored(folder, source, request)
         findings = _answer_at_once(folder, request, state) or _measure_and_judge(
             source, request, progress, state, command, build_rig, clock_s
         )
     return FoundRun(findings=findings, folder=path)
+
+
+def _folder_name(source: Source, request: Request) -> str:
+    """The same question gets the same folder; another limit, precision or device gets another, so that none spoils the other's parts."""
+    settings = (request.device, request.precision, request.max_batch, request.limit_bytes)
+    return f"{source.name}-{_digest(source.spec, *source.arguments, str(settings))[:8]}"
 
 
 @dataclass
@@ -210,6 +214,8 @@ def _measure_and_judge(
     waiting = frozenset(part for part in request.parts | {Part.MEMORY} if part.value not in state.parts)
     duration_s = 0.0
     if waiting or state.environment is None:
+        if state.folder is not None:
+            state.folder.keep_only(state.parts)
         duration_s = _measure(source, request, progress, state, waiting, command, build_rig, clock_s)
     assert state.environment is not None, "set by the measuring, or stored"  # noqa: S101
     findings = judge(

@@ -109,7 +109,7 @@ class Measuring:
         cap = min(workload.train_size, self._request.max_batch or workload.train_size)
         points: list[MemoryPoint] = []
         for size in memory_fit.touch_sizes(trace, limit.limit_bytes, cap):
-            if not points or points[-1].outcome is Outcome.RAN:
+            if memory_fit.touch_is_safe(trace, limit.limit_bytes, points, size):
                 points.append(self._attempt(size, "touch", trace, limit.limit_bytes))
         affordable = cap
         while (following := memory_fit.next_attempt(trace, limit.limit_bytes, points, affordable)) is not None:

@@ -41,7 +41,8 @@ class Workload:
         train: Map-style training dataset.
         loss: ``loss(model(*inputs), target)`` for batches ``(*inputs, target)``. Mean, sum or per-sample losses are all understood.
         valid: Map-style validation dataset.
-        optimizer: Builds the optimizer from parameters, such as ``lambda params: torch.optim.SGD(params, lr=0.1)``.
+        optimizer: Builds the optimizer from parameters, such as ``lambda params: torch.optim.SGD(params, lr=0.1)``. Without one an Adam
+            with rate 0.001 stands in, and no learning rate is recommended.
         lr_batch_size: Global batch size at which the optimizer's learning rate was tuned, in samples.
         step: Replaces ``loss`` for other batches: ``step(model, batch)`` returns per-sample losses, or a mean loss and its sample count.
         collate_fn: Makes a batch of a list of samples; the default is ``torch.utils.data.default_collate``.

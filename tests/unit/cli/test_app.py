@@ -135,7 +135,7 @@ def test_what_user_code_prints_stays_off_stdout_even_below_python(tuner, capfd) 
     ("command", "sample", "code"),
     [
         ("find", "good", 0),
-        ("find", "unstable", 0),
+        ("find", "unstable", 5),
         ("find", "inconclusive", 5),
         ("find", "nothing_fits", 4),
         ("memory", "memory_only", 0),

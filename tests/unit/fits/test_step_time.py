@@ -111,7 +111,7 @@ def test_candidates_surround_the_knee_and_include_the_ceiling():
 
 
 def test_candidates_without_a_scan_descend_from_the_largest():
-    assert candidate_sizes([], largest=32) == (2, 4, 8, 16, 32)
+    assert candidate_sizes([], largest=32) == (1, 2, 4, 8, 16, 32)
     assert candidate_sizes([(1, 0.1)], largest=1) == (1,)
 
 
