@@ -12,11 +12,13 @@ import plotly.graph_objects as go
 
 from rightbatch.records.estimates import Estimate, LoaderCurve, MemoryCurve, NoiseScale, StepTimeCurve, Tradeoff
 from rightbatch.records.measurements import Outcome
-from rightbatch.units import GIB
+from rightbatch.units import GIB, format_bytes, format_number
 
 BLUE, ORANGE, GREEN, GREY = "#3a7ebf", "#cf5c0c", "#0b8f6b", "#7b8491"
 LIGHT_PAGE, DARK_PAGE = "#ffffff", "#14171c"
 """Backgrounds that the charts are drawn on; the page's style sheet takes them from here."""
+_FAR = 2.5
+"""A limit so many times above everything measured would flatten the curve that the chart is about."""
 BAND = "rgba(58, 126, 191, 0.18)"
 SHADE = "rgba(11, 143, 107, 0.13)"
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
@@ -38,8 +40,8 @@ def memory_chart(curve: MemoryCurve) -> go.Figure:
         if points:
             heights = [used / GIB for _, used in points]
             figure.add_scatter(x=[size for size, _ in points], y=heights, name=name, mode="markers", marker=_marker(colour, symbol))
-    figure.add_hline(y=curve.limit.limit_bytes / GIB, line={"color": ORANGE, "width": 1.5, "dash": "dash"})
-    _note(figure, x=0.0, y=curve.limit.limit_bytes / GIB, text="limit", colour=ORANGE)
+    drawn = [used for _, used in curve.curve] + [point.used_bytes for point in curve.points if point.used_bytes is not None]
+    _limit(figure, curve.limit.limit_bytes / GIB, max(drawn, default=0) / GIB, "limit", format_bytes(curve.limit.limit_bytes))
     if curve.ceiling is not None:
         _vertical(figure, curve.ceiling, f"ceiling {curve.ceiling}", GREEN)
     figure.update_yaxes(rangemode="tozero")
@@ -63,8 +65,8 @@ def speed_chart(curve: StepTimeCurve, loader: LoaderCurve | None) -> go.Figure:
         )
     _points(figure, sizes, [point.samples_per_s for point in curve.points], name="measured, 95 %")
     if loader is not None and loader.samples_per_s.value is not None:
-        figure.add_hline(y=loader.samples_per_s.value, line={"color": ORANGE, "width": 1.5, "dash": "dash"})
-        _note(figure, x=0.0, y=loader.samples_per_s.value, text="data loader", colour=ORANGE)
+        best = max((point.samples_per_s.value or 0.0 for point in curve.points), default=0.0)
+        _limit(figure, loader.samples_per_s.value, best, "data loader", f"{format_number(loader.samples_per_s.value)} samples/s")
     _powers(figure, sizes)
     if curve.knee is not None:
         _vertical(figure, curve.knee, f"knee {curve.knee}", GREEN, log=True)
@@ -217,6 +219,16 @@ def _vertical(figure: go.Figure, size: int, text: str, colour: str, *, log: bool
     figure.add_annotation(
         x=place, y=0.03, yref="paper", text=text, showarrow=False, xanchor="right", yanchor="bottom", xshift=-5, font={"color": colour}
     )
+
+
+def _limit(figure: go.Figure, height: float, highest_drawn: float, name: str, value: str) -> None:
+    """Draw a dashed line that bounds the curve, or say where it is when it lies far above."""
+    if 0 < _FAR * highest_drawn < height:
+        place = {"x": 0.02, "xref": "paper", "y": 0.98, "yref": "paper", "xanchor": "left", "yanchor": "top"}
+        figure.add_annotation(**place, text=f"{name}: {value}, far above", showarrow=False, font={"color": ORANGE})
+        return
+    figure.add_hline(y=height, line={"color": ORANGE, "width": 1.5, "dash": "dash"})
+    _note(figure, x=0.0, y=height, text=name, colour=ORANGE)
 
 
 def _note(figure: go.Figure, *, x: float, y: float, text: str, colour: str) -> None:

@@ -56,8 +56,9 @@ def _calibration_sentences(curve: MemoryCurve) -> list[str]:
         sentences.append("No allocation trace could be recorded, so the ceiling was searched for.")
     if curve.ceiling_is_limit and curve.predicted_ceiling is not None and curve.predicted_ceiling != curve.ceiling:
         sentences.append(f"The calibrated trace lets {curve.predicted_ceiling} fit (extrapolated).")
-    if curve.calibration_error is not None:
-        sentences.append(f"Measured and calibrated sizes differ by {percent(curve.calibration_error)} at most.")
+    measured = sum(point.used_bytes is not None for point in curve.points)
+    if curve.calibration_error is not None and measured > 2:
+        sentences.append(f"Measured and calibrated sizes differ by {percent(curve.calibration_error)} at most ({measured} sizes).")
     return sentences
 
 
