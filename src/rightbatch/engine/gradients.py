@@ -10,7 +10,7 @@ _FEWEST_BLOCKS = 8
 
 def flat_gradient(parameters: tuple[nn.Parameter, ...]) -> Float[Tensor, " param"]:
     """Return the gradients of the parameters as one vector; a parameter without a gradient counts as zero."""
-    return torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.detach().flatten() for p in parameters])
+    return torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.detach().to_dense().flatten() for p in parameters])
 
 
 def block_limit(parameter_bytes: int, budget_bytes: int) -> int:

@@ -7,10 +7,12 @@ import contextlib
 import gc
 import os
 import random
+import select
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -76,11 +78,13 @@ class InProcessHost:
     def __init__(self, build: Callable[[], Rig], say: Callable[[str], None]) -> None:
         with preserved_process_state(), _users_errors():
             self._rig = build()
+            self._state = _process_state()
         self._rig.say = say
 
     def call(self, probe: Callable[Concatenate[Rig, P], T], *args: P.args, **kwargs: P.kwargs) -> Completed[T] | OutOfMemory | Killed:
-        """Run a probe; running out of memory is an outcome."""
+        """Run a probe with the threads and switches that building the rig set; running out of memory is an outcome."""
         with preserved_process_state():
+            _restore_process_state(self._state)
             return _attempt(probe, self._rig, args, kwargs)
 
     def close(self) -> None:
@@ -206,6 +210,7 @@ serve(connection)
 def serve(connection: Connection) -> None:
     """Build the rig that the parent sent, then run probes until the parent hangs up."""
     _volunteer_for_the_oom_killer()
+    threading.Thread(target=_end_with_the_parent, args=(connection.fileno(),), daemon=True).start()
     rig: Rig | None = None
     while True:
         try:
@@ -226,6 +231,14 @@ def serve(connection: Connection) -> None:
             error.__traceback__ = error.__cause__ = error.__context__ = None
             answer = ("error", error)
         connection.send_bytes(cloudpickle.dumps(answer))
+
+
+def _end_with_the_parent(descriptor: int) -> None:
+    """Wait until the other end is closed, then end this process and its own children, even in the middle of a probe."""
+    poller = select.poll()
+    poller.register(descriptor, 0)  # hanging up is always reported
+    poller.poll()
+    os.killpg(0, signal.SIGKILL)
 
 
 def _volunteer_for_the_oom_killer() -> None:

@@ -37,7 +37,8 @@ def free_memory_bytes(*, proc: Path = Path("/proc"), cgroup_root: Path = Path("/
     """
     free = {"MemAvailable": psutil.virtual_memory().available}
     memory = psutil.Process().memory_info()
-    for name, kind, used in (("RLIMIT_AS", resource.RLIMIT_AS, memory.vms), ("RLIMIT_DATA", resource.RLIMIT_DATA, memory.rss)):
+    data_bytes = getattr(memory, "data", memory.rss)  # only Linux counts private writable memory apart
+    for name, kind, used in (("RLIMIT_AS", resource.RLIMIT_AS, memory.vms), ("RLIMIT_DATA", resource.RLIMIT_DATA, data_bytes)):
         soft, _ = resource.getrlimit(kind)
         if soft != resource.RLIM_INFINITY:
             free[name] = max(0, soft - used)
@@ -66,17 +67,19 @@ def _cgroup_free_bytes(proc: Path, root: Path) -> dict[str, int]:
             limit = _read_int(folder / limit_file)
             if limit is not None and limit < _UNLIMITED:
                 used = (_read_int(folder / usage_file) or 0) - _reclaimable_bytes(folder)
-                free[f"cgroup /{level if str(level) != '.' else ''}"] = max(0, limit - max(0, used))
+                name = f"cgroup /{level if str(level) != '.' else ''}"
+                free[name] = min(max(0, limit - max(0, used)), free.get(name, _UNLIMITED))
     return free
 
 
 def _reclaimable_bytes(folder: Path) -> int:
-    """Page cache that the kernel drops before it ends a process."""
+    """Page cache that the kernel drops before it ends a process; version 1 counts the levels below under a name of its own."""
     try:
         lines = (folder / "memory.stat").read_text().splitlines()
     except OSError:
         return 0
-    return sum(int(line.split()[1]) for line in lines if line.startswith(("inactive_file ", "total_inactive_file ")))
+    counters = dict(line.split()[:2] for line in lines if line.startswith(("inactive_file ", "total_inactive_file ")))
+    return int(counters.get("total_inactive_file", counters.get("inactive_file", 0)))
 
 
 def _read_int(path: Path) -> int | None:

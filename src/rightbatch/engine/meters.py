@@ -14,6 +14,7 @@ import psutil
 import torch
 
 from rightbatch.engine.memory_limits import cpu_memory_limit
+from rightbatch.engine.nvml import nvml_energy_meter, other_gpu_processes
 from rightbatch.records.measurements import Contention, MemoryLimit
 
 _PEAK_RESET = "5"
@@ -74,8 +75,8 @@ def meters_for(device: torch.device) -> Meters:
         return Meters(
             clock=DeviceClock(lambda: torch.cuda.synchronize(device)),
             memory=CudaMemoryMeter(device),
-            energy=nvml_energy_meter(device.index or 0),
-            contention=lambda: measure_contention(device.index or 0),
+            energy=nvml_energy_meter(device),
+            contention=lambda: measure_contention(device),
         )
     wait = torch.mps.synchronize if device.type == "mps" else None
     return Meters(clock=DeviceClock(wait), memory=CpuMemoryMeter(), energy=None, contention=measure_contention)
@@ -191,35 +192,11 @@ class CudaMemoryMeter:
         return MemoryLimit(limit_bytes=free - headroom, source="device", headroom_bytes=headroom)
 
 
-class NvmlEnergyMeter:
-    """Energy of one NVIDIA device since its driver was loaded."""
-
-    def __init__(self, read_mj: Callable[[], int]) -> None:
-        self._read_mj = read_mj
-
-    def energy_j(self) -> float:
-        """Return joules."""
-        return self._read_mj() / 1000
-
-
-def nvml_energy_meter(index: int) -> NvmlEnergyMeter | None:
-    """Return an energy meter of an NVIDIA device, or none when its driver does not count energy."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    except Exception:  # noqa: BLE001  # a missing library, driver or counter, each with its own class: no meter
-        return None
-    return NvmlEnergyMeter(lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle))
-
-
-def measure_contention(gpu_index: int | None = None, *, window_s: float = 0.3) -> Contention:
+def measure_contention(gpu: torch.device | None = None, *, window_s: float = 0.3) -> Contention:
     """Measure what other processes use of the machine.
 
     Args:
-        gpu_index: NVIDIA device whose other processes count too.
+        gpu: CUDA device whose other processes count too.
         window_s: Seconds over which processor use is averaged.
     """
     cpu_count = psutil.cpu_count() or 1
@@ -231,7 +208,7 @@ def measure_contention(gpu_index: int | None = None, *, window_s: float = 0.3) -
     reasons = []
     if others > _BUSY_CORES:
         reasons.append(f"Other processes keep {others:.1f} of {cpu_count} processor cores busy.")
-    gpu_processes = 0 if gpu_index is None else _other_gpu_processes(gpu_index)
+    gpu_processes = 0 if gpu is None else other_gpu_processes(gpu)
     if gpu_processes:
         reasons.append(
             f"{gpu_processes} other process{'es' if gpu_processes > 1 else ''} compute{'s' if gpu_processes == 1 else ''} on the GPU."
@@ -248,16 +225,3 @@ def measure_contention(gpu_index: int | None = None, *, window_s: float = 0.3) -
 def _busy_cpu_s() -> float:
     times = psutil.cpu_times()
     return float(times.user + times.system + getattr(times, "nice", 0.0))
-
-
-def _other_gpu_processes(index: int) -> int:
-    try:
-        import os
-
-        import pynvml
-
-        pynvml.nvmlInit()
-        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByIndex(index))
-    except Exception:  # noqa: BLE001  # without a driver nobody else computes there either
-        return 0
-    return sum(process.pid != os.getpid() for process in processes)

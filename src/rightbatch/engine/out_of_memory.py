@@ -21,7 +21,9 @@ MESSAGES = (
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error, or one it was raised from, means that memory ran out: by type first, then by message."""
     cause: BaseException | None = error
-    while cause is not None:
+    seen: set[int] = set()  # an error can be raised from itself
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
         if isinstance(cause, (torch.OutOfMemoryError, MemoryError)):
             return True
         if isinstance(cause, (RuntimeError, OSError)) and any(message in str(cause) for message in MESSAGES):

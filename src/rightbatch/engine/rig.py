@@ -18,6 +18,7 @@ from rightbatch.records.measurements import WorkloadSummary
 from rightbatch.workload.ingredients import Batch, Precision, Workload, map_tensors, tensors_of
 
 _POOL_SIZE = 256
+_DESCRIBED_SAMPLES = 4
 _STAND_IN_LR = 1e-3
 """Of the Adam that stands in where the workload names no optimizer: a rate at which most networks learn something."""
 _BATCH_NORM = (nn.modules.batchnorm._BatchNorm,)  # noqa: SLF001  # the common base of all batch normalisations
@@ -50,7 +51,7 @@ class Rig:
 
     def new_trainee(self, *, compiled: bool = True) -> Trainee:
         """Build a fresh model and optimizer on the device; the same seed gives the same weights each time."""
-        workload = self.workload
+        workload, loss_is_sum = self.workload, self.loss_is_sum
         seed_everything(self.seed)
         model = copy.deepcopy(workload.model) if isinstance(workload.model, nn.Module) else workload.model()
         if not isinstance(model, nn.Module):
@@ -70,12 +71,17 @@ class Rig:
         scaler = GradScaler(self.device.type) if workload.precision == "fp16" else None
         if workload.compile and compiled:
             model.compile()
-        return Trainee(model=model, optimizer=optimizer, scaler=scaler, workload=workload, loss_is_sum=self.loss_is_sum)
+        return Trainee(model=model, optimizer=optimizer, scaler=scaler, workload=workload, loss_is_sum=loss_is_sum)
 
     @property
     def loss_is_sum(self) -> bool:
-        """Whether the workload's loss is a sum over the batch; settled by ``describe``."""
-        return bool(self._loss_is_sum)
+        """Whether the workload's loss is a sum over the batch; settled by ``describe``, or here where a child was started again."""
+        if self._loss_is_sum is None:
+            self._loss_is_sum = False
+            if self.workload.step is None:
+                reduction, _ = self._loss_behaviour(self.new_trainee(compiled=False), _DESCRIBED_SAMPLES)
+                self._loss_is_sum = reduction == "sum"
+        return self._loss_is_sum
 
     def place(self, batch: Batch) -> Batch:
         """Move a batch to the device, in the workload's precision and memory format."""
@@ -107,7 +113,7 @@ class Rig:
         """Return a batch of these very samples on the device."""
         return self.place(self.collate([self.workload.train[int(index)] for index in indices]))
 
-    def describe(self, sample_count: int = 4) -> WorkloadSummary:
+    def describe(self, sample_count: int = _DESCRIBED_SAMPLES) -> WorkloadSummary:
         """Run the model forward on a few samples and say what the workload is.
 
         Args:
@@ -116,6 +122,7 @@ class Rig:
         Raises:
             WorkloadError: The model, loss or optimizer does not do what a workload's must.
         """
+        self._loss_is_sum = False
         trainee = self.new_trainee(compiled=False)
         reduction, coupled = self._loss_behaviour(trainee, sample_count)
         self._loss_is_sum = reduction == "sum"

@@ -83,6 +83,10 @@ def loss_sum(trainee: Trainee, batch: Batch) -> tuple[Tensor, int]:
 def _summed(loss: object, batch: Batch, *, loss_is_sum: bool) -> tuple[Tensor, int]:
     if isinstance(loss, tuple) and len(loss) == 2 and isinstance(loss[0], Tensor) and loss[0].ndim == 0:
         count = int(loss[1])
+        if count < 1:
+            raise WorkloadError(
+                f"a step must return a mean loss and a sample count of at least 1; got {count}; count what the mean is over."
+            )
         return loss[0] * count, count
     if not isinstance(loss, Tensor):
         raise WorkloadError(f"a loss must be a tensor; got {type(loss).__name__}; return a mean loss or per-sample losses.")
@@ -91,7 +95,10 @@ def _summed(loss: object, batch: Batch, *, loss_is_sum: bool) -> tuple[Tensor, i
         return (loss if loss_is_sum else loss * count), count
     if loss.numel() == count:
         return loss.sum(), count
-    raise WorkloadError(f"per-sample losses must have one number a sample; got shape {tuple(loss.shape)} for {count} samples.")
+    raise WorkloadError(
+        f"per-sample losses must have one number a sample; got shape {tuple(loss.shape)} for {count} samples; "
+        "average over the other dimensions, or over everything."
+    )
 
 
 def backward_mean(trainee: Trainee, micro_batches: Sequence[Batch]) -> StepResult:
@@ -139,9 +146,14 @@ def apply_update(trainee: Trainee) -> None:
         scaler.update()
 
 
+def clear_gradients(trainee: Trainee) -> None:
+    """Drop the gradients of the whole model, of parameters that the optimizer was not given too."""
+    trainee.model.zero_grad(set_to_none=True)
+
+
 def train_step(trainee: Trainee, micro_batches: Sequence[Batch]) -> StepResult:
     """Take one optimizer step on the mean loss over all samples of the micro-batches."""
-    trainee.optimizer.zero_grad(set_to_none=True)
+    clear_gradients(trainee)
     result = backward_mean(trainee, micro_batches)
     apply_update(trainee)
     return result

@@ -34,7 +34,7 @@ class Calibration:
     scale: float
     offset_bytes: float
     error: float
-    """Largest relative distance between a measured and a calibrated size."""
+    """Largest distance between measured and calibrated use, over the largest measured use: what matters near the limit."""
 
     def used_bytes(self, traced: float) -> int:
         """Calibrated use for so many traced bytes."""
@@ -89,7 +89,7 @@ def calibrate(trace: MemoryTrace, points: Sequence[MemoryPoint]) -> Calibration:
     if not _is_sane(trace, scale, used_mean - scale * x_mean):
         scale = fallback_scale
     offset = used_mean - scale * x_mean
-    error = float(np.max(np.abs(scale * x + offset - used) / np.maximum(used, 1.0)))
+    error = float(np.max(np.abs(scale * x + offset - used)) / max(float(used.max()), 1.0))
     return Calibration(scale, offset, error)
 
 

@@ -21,6 +21,8 @@ INCONSISTENT_FIT = 0.25
 """Relative distance between a measured and a fitted step time above which the law is not believed."""
 _BOOTSTRAP_SEED = 20240607
 _EXPONENT_PENALTY = 1e-3
+_OUTLIER = 0.05
+"""Residual of log t from which a size pulls with constant force only: throughput may fall at the largest sizes, which no law here allows."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,12 @@ def candidate_sizes(
         limit: Most sizes to return.
 
     Returns:
-        Ascending, distinct sizes from 1 to ``largest``: always ``largest``, then ``must_include``, then the knee of the scan, its halves
-        down to a thirty-second, and its double, as far as ``limit`` allows. The optimum for time lies below the knee, at
+        Ascending, distinct sizes from 1 to ``largest``: always ``largest``, then ``must_include``, then the knee of the scan and its
+        neighbours at factors of two, more of them below, as far as ``limit`` allows. The optimum for time mostly lies below the knee, at
         sqrt(B_crit * b_half): under the affine law the knee is 32 times b_half.
     """
     knee = _scanned_knee(scan, largest)
-    wanted = [largest, *must_include, *(round(knee * 2.0**exponent) for exponent in (0, -1, -2, -3, -4, -5, 1, -6))]
+    wanted = [largest, *must_include, *(round(knee * 2.0**exponent) for exponent in (0, -1, 1, -2, -3, -4, 2, -5))]
     chosen = list(dict.fromkeys(size for size in wanted if 1 <= size <= largest))
     return tuple(sorted(chosen[:limit]))
 
@@ -81,7 +83,7 @@ def is_decided(measurements: StepTimeMeasurements, *, precision: float = 0.02) -
 
 
 def fit_step_time(measurements: StepTimeMeasurements) -> StepTimeCurve:
-    """Medians, the law t(b) = (t0**p + (b/tau)**p)**(1/p) by least squares of log t, the knee and the best throughput.
+    """Medians, the law t(b) = (t0**p + (b/tau)**p)**(1/p) by robust least squares of log t, the knee and the best throughput.
 
     Returns:
         ``UNSTABLE`` when the machine was busy or rounds disagree; ``INCONSISTENT`` when the law misses a size by more than a quarter, which
@@ -93,8 +95,8 @@ def fit_step_time(measurements: StepTimeMeasurements) -> StepTimeCurve:
     medians_s = np.array([estimate.value for estimate in estimates], dtype=np.float64)
     law = fit_law(sizes, medians_s)
     fitted_s = law.step_time_s(sizes) if law is not None else None
-    fit_error = float(np.max(np.abs(fitted_s / medians_s - 1))) if fitted_s is not None else None
-    status, reasons = _verdict(measurements, points, fit_error)
+    misses = np.abs(fitted_s / medians_s - 1) if fitted_s is not None else np.zeros(len(points))
+    status, reasons = _verdict(measurements, points, misses)
     optimizer_times = measurements.optimizer_times_s
     return StepTimeCurve(
         status=status,
@@ -106,7 +108,7 @@ def fit_step_time(measurements: StepTimeMeasurements) -> StepTimeCurve:
         fixed_time_s=law.fixed_time_s if law else None,
         saturated_samples_per_s=law.saturated_samples_per_s if law else None,
         exponent=law.exponent if law else None,
-        fit_error=fit_error,
+        fit_error=float(np.max(misses)) if fitted_s is not None else None,
         half_saturation=law.fixed_time_s * law.saturated_samples_per_s if law else None,
         knee=_knee(sizes, medians_s) if points else None,
         best=int(sizes[np.argmax(sizes / medians_s)]) if points else None,
@@ -115,7 +117,7 @@ def fit_step_time(measurements: StepTimeMeasurements) -> StepTimeCurve:
 
 
 def fit_law(sizes: FloatArray, times_s: FloatArray) -> StepTimeLaw | None:
-    """Fit t0, tau and p to step times by least squares of log t, from an affine start; none below two sizes.
+    """Fit t0, tau and p to step times by robust least squares of log t, from an affine start; none below two sizes.
 
     With two sizes p is held at 1. A weak pull towards p = 1 settles the exponent where the sizes show one regime only.
     """
@@ -141,7 +143,8 @@ def fit_law(sizes: FloatArray, times_s: FloatArray) -> StepTimeLaw | None:
         )
         for log_p in (0.0, math.log(3.0))
     ]
-    best = min((least_squares(residuals, start, bounds=(lower, upper)) for start in starts), key=lambda result: float(result.cost))
+    solutions = (least_squares(residuals, start, bounds=(lower, upper), loss="soft_l1", f_scale=_OUTLIER) for start in starts)
+    best = min(solutions, key=lambda result: float(result.cost))
     return _law(np.asarray(best.x))
 
 
@@ -204,9 +207,7 @@ def _knee_is_certain(sizes: Sequence[int], estimates: Sequence[Estimate]) -> boo
     return False
 
 
-def _verdict(
-    measurements: StepTimeMeasurements, points: Sequence[StepTimePoint], fit_error: float | None
-) -> tuple[Status, tuple[str, ...]]:
+def _verdict(measurements: StepTimeMeasurements, points: Sequence[StepTimePoint], misses: FloatArray) -> tuple[Status, tuple[str, ...]]:
     if not points:
         return Status.INDETERMINATE, ("No size was timed.",)
     reasons = list(measurements.contention.reasons)
@@ -215,10 +216,10 @@ def _verdict(
         spread = float(np.median(np.abs(rounds - np.median(rounds))) / np.median(rounds))
         if spread > UNSTABLE_SPREAD:
             reasons.append(f"Rounds at batch {point.micro_batch_size} differ by {format_percent(spread)} (median absolute deviation).")
-    inconsistent = fit_error is not None and fit_error > INCONSISTENT_FIT
+    worst = int(np.argmax(misses))
+    inconsistent = float(misses[worst]) > INCONSISTENT_FIT
     status = Status.UNSTABLE if reasons else Status.INCONSISTENT if inconsistent else Status.OK
-    if inconsistent and fit_error is not None:
-        reasons.append(
-            f"The fitted curve misses a measured step time by {format_percent(fit_error)}: trust the measured sizes, not the curve."
-        )
+    if inconsistent:
+        size, miss = points[worst].micro_batch_size, format_percent(float(misses[worst]))
+        reasons.append(f"The fitted curve misses the step time at {size} by {miss}: trust the measured sizes, not the curve.")
     return status, tuple(reasons)

@@ -8,7 +8,7 @@ import torch
 
 from rightbatch.engine.gradients import GradientBlocks, block_limit, flat_gradient
 from rightbatch.engine.rig import Rig
-from rightbatch.engine.step import Trainee, backward_mean, train_step
+from rightbatch.engine.step import Trainee, backward_mean, clear_gradients, train_step
 from rightbatch.records.measurements import GradientNoiseMeasurements, GradientNorms, NoiseProblem
 
 _BLOCK_BUDGET_BYTES = 2**30
@@ -75,7 +75,7 @@ def measure(
 
 
 _REMARKS = {
-    NoiseProblem.NON_FINITE_LOSS: "The loss was NaN or infinite.",
+    NoiseProblem.NON_FINITE_LOSS: "The loss or its gradient was NaN or infinite.",
     NoiseProblem.ZERO_GRADIENT: "Every gradient was zero.",
     NoiseProblem.DATASET_TOO_SMALL: "The dataset holds too few samples to compare micro-batches.",
     NoiseProblem.OUT_OF_BUDGET: "The budget ended before enough micro-batches had run.",
@@ -133,7 +133,7 @@ def _snapshot(
             if is_decided(tally.norms()):
                 break
     if tally.count < 2:
-        return None, NoiseProblem.DATASET_TOO_SMALL
+        return None, NoiseProblem.NON_FINITE_LOSS if tally.skipped else NoiseProblem.DATASET_TOO_SMALL
     norms = tally.norms()
     return (None, NoiseProblem.ZERO_GRADIENT) if sum(norms.block_sq_norm_sums) == 0 else (norms, None)
 
@@ -157,6 +157,11 @@ class _Tally:
     def count(self) -> int:
         """Micro-batches added."""
         return self._blocks.micro_batch_count
+
+    @property
+    def skipped(self) -> int:
+        """Micro-batches left out because their gradient was not finite."""
+        return self._skipped
 
     def add(self, batch: object) -> bool:
         """Add one micro-batch; return whether the loss was finite and gradients are not all infinite."""
@@ -188,7 +193,7 @@ def _mean_gradient(trainee: Trainee, batch: object) -> tuple[float, torch.Tensor
 
     Under ``fp16`` an infinite gradient halves the scale, as it would in training.
     """
-    trainee.optimizer.zero_grad(set_to_none=True)
+    clear_gradients(trainee)
     result = backward_mean(trainee, [batch])
     gradient = flat_gradient(trainee.parameters)
     if trainee.scaler is not None:
@@ -196,5 +201,5 @@ def _mean_gradient(trainee: Trainee, batch: object) -> tuple[float, torch.Tensor
         gradient /= scale
         if not bool(torch.isfinite(gradient).all()):
             trainee.scaler.update(scale / 2)
-    trainee.optimizer.zero_grad(set_to_none=True)
+    clear_gradients(trainee)
     return float(result.mean_loss), gradient

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from rightbatch.engine.rig import Rig
-from rightbatch.engine.step import Trainee, apply_update, backward_mean, train_step
+from rightbatch.engine.step import Trainee, apply_update, backward_mean, clear_gradients, train_step
 from rightbatch.records.measurements import Contention, StepTimeMeasurements, StepTimePoint
 from rightbatch.workload.ingredients import Batch
 
@@ -127,7 +127,7 @@ def _mean_step_s(rig: Rig, trainee: Trainee, batch: Batch, *, steps: int) -> flo
 
 def _optimizer_s(rig: Rig, trainee: Trainee, batch: Batch) -> float:
     """Return the seconds of one update, measured apart from forward and backward."""
-    trainee.optimizer.zero_grad(set_to_none=True)
+    clear_gradients(trainee)
     backward_mean(trainee, [batch])
     start_s = rig.meters.clock.now_s()
     apply_update(trainee)

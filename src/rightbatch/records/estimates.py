@@ -65,7 +65,7 @@ class MemoryCurve(Record):
     calibration_offset_bytes: float | None
     """c in used = a * trace(b) + c."""
     calibration_error: NonNegativeFloat | None
-    """Largest relative distance between a measured and a calibrated size."""
+    """Largest distance between measured and calibrated use, over the largest measured use."""
     bytes_at_one: NonNegativeInt
     """Predicted use at one sample."""
     points: tuple[MemoryPoint, ...]

@@ -58,7 +58,9 @@ def _calibration_sentences(curve: MemoryCurve) -> list[str]:
         sentences.append(f"The calibrated trace lets {curve.predicted_ceiling} fit (extrapolated).")
     measured = sum(point.used_bytes is not None for point in curve.points)
     if curve.calibration_error is not None and measured > 2:
-        sentences.append(f"Measured and calibrated sizes differ by {percent(curve.calibration_error)} at most ({measured} sizes).")
+        sentences.append(
+            f"Measured and calibrated use differ by {percent(curve.calibration_error)} of the largest at most ({measured} sizes)."
+        )
     return sentences
 
 
