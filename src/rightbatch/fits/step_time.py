@@ -22,7 +22,7 @@ INCONSISTENT_FIT = 0.25
 _BOOTSTRAP_SEED = 20240607
 _EXPONENT_PENALTY = 1e-3
 _OUTLIER = 0.05
-"""Residual of log t from which a size pulls with constant force only: throughput may fall at the largest sizes, which no law here allows."""
+"""Residual of log t from which a size pulls no harder: throughput may fall at the largest sizes, which the law does not allow."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,13 @@ def is_decided(measurements: StepTimeMeasurements, *, precision: float = 0.02) -
 
     Returns:
         True from ``MIN_ROUNDS`` rounds on, when every median is known to ``precision`` or no value inside the intervals moves the knee.
+        Sizes so slow that they sit rounds out need not reach the precision.
     """
-    if not measurements.points or min(len(point.step_times_s) for point in measurements.points) < MIN_ROUNDS:
+    rounds = max((len(point.step_times_s) for point in measurements.points), default=0)
+    if rounds < MIN_ROUNDS:
         return False
     estimates = _step_times(measurements.points)
-    if all(_half_width(estimate) <= precision for estimate in estimates):
+    if all(_half_width(estimate) <= precision for estimate in estimates if estimate.n == rounds):
         return True
     return _knee_is_certain([point.micro_batch_size for point in _by_size(measurements.points)], estimates)
 

@@ -28,7 +28,7 @@ def trace(rig: Rig) -> MemoryTrace:
         logs = [_record(rig, size, shares) for size in _TRACED_SIZES]
         moments, remark = match(logs), ""
     except UnmatchedLogsError as error:
-        moments, remark = (), f"{error}; the ceiling is searched for by measuring alone".capitalize() + "."
+        moments, remark = (), f"The trace was given up: {error}; the ceiling is searched for by measuring alone."
     return MemoryTrace(
         batch_sizes=_TRACED_SIZES,
         recorded_on="device" if moments else "none",

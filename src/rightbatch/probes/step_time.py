@@ -9,6 +9,7 @@ from rightbatch.workload.ingredients import Batch
 
 _ROUND_S = 0.05
 _MOST_ROUNDS = 60
+_FEWEST_ROUNDS = 3
 _GAIN_THAT_COUNTS = 1.03
 
 
@@ -68,6 +69,9 @@ def measure(
 ) -> StepTimeMeasurements:
     """Time every size in interleaved rounds until the intervals decide or the budget ends; at least three rounds.
 
+    After three rounds, a size that has used more than its equal share of the budget sits the others out: one slow size must not
+    leave the fast ones with a handful of rounds, which one disturbance can spoil.
+
     Args:
         rig: The workload on its device.
         sizes: Micro-batch sizes, in samples.
@@ -76,40 +80,60 @@ def measure(
         machine: What else used the machine, kept beside the times.
         largest_affordable: Kept beside the times.
     """
-    clock, energy = rig.meters.clock, rig.meters.energy
+    clock = rig.meters.clock
     trainee = rig.new_trainee()
     batches = {size: rig.typical_batch(size) for size in sizes}
-    steps = {size: _steps_in_a_round(rig, trainee, batches[size]) for size in sizes}
-    times: dict[int, list[float]] = {size: [] for size in sizes}
-    joules: dict[int, list[float]] = {size: [] for size in sizes}
+    tallies = {size: _Tally(_steps_in_a_round(rig, trainee, batches[size])) for size in sizes}
     optimizer_times: list[float] = []
     start_s = clock.now_s()
+    last_s = 0.0
     while True:
-        rig.say(f"round {len(optimizer_times) + 1} over {len(sizes)} sizes")
-        for size in sizes:
-            start_j = energy.energy_j() if energy is not None else 0.0
-            times[size].append(_mean_step_s(rig, trainee, batches[size], steps=steps[size]))
-            if energy is not None:
-                joules[size].append((energy.energy_j() - start_j) / steps[size])
+        rounds = len(optimizer_times) + 1
+        rig.say(f"round {rounds} over {len(sizes)} sizes")
+        for size, tally in tallies.items():
+            if rounds <= _FEWEST_ROUNDS or tally.spent_s <= budget_s / len(sizes):
+                tally.add_round(rig, trainee, batches[size])
         optimizer_times.append(_optimizer_s(rig, trainee, batches[sizes[0]]))
         measured = StepTimeMeasurements(
-            points=tuple(
-                StepTimePoint(
-                    micro_batch_size=size,
-                    step_times_s=tuple(times[size]),
-                    energy_per_step_j=tuple(joules[size]) if all(value > 0 for value in joules[size]) else (),
-                )
-                for size in sizes
-            ),
+            points=tuple(tally.point(size) for size, tally in tallies.items()),
             optimizer_times_s=tuple(optimizer_times),
             contention=machine,
             largest_affordable=largest_affordable,
         )
-        rounds = len(optimizer_times)
         elapsed_s = clock.now_s() - start_s
-        out_of_time = elapsed_s * (rounds + 1) / rounds > budget_s and rounds >= 3
-        if out_of_time or rounds >= _MOST_ROUNDS or is_decided(measured):
+        is_over = rounds >= _FEWEST_ROUNDS and elapsed_s + (elapsed_s - last_s) > budget_s
+        last_s = elapsed_s
+        if is_over or rounds >= _MOST_ROUNDS or is_decided(measured):
             return measured
+
+
+class _Tally:
+    """Rounds of one size."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._times_s: list[float] = []
+        self._joules: list[float] = []
+
+    @property
+    def spent_s(self) -> float:
+        """Seconds of all rounds."""
+        return sum(self._times_s) * self._steps
+
+    def add_round(self, rig: Rig, trainee: Trainee, batch: Batch) -> None:
+        """Time one round, and count its energy where that is counted. A short round begins with a step that is not timed."""
+        if self._steps > 1:
+            train_step(trainee, [batch])
+        energy = rig.meters.energy
+        start_j = 0.0 if energy is None else energy.energy_j()
+        self._times_s.append(_mean_step_s(rig, trainee, batch, steps=self._steps))
+        if energy is not None:
+            self._joules.append((energy.energy_j() - start_j) / self._steps)
+
+    def point(self, size: int) -> StepTimePoint:
+        """Return the rounds as a record; energy only if every round used some."""
+        joules = tuple(self._joules) if all(value > 0 for value in self._joules) else ()
+        return StepTimePoint(micro_batch_size=size, step_times_s=tuple(self._times_s), energy_per_step_j=joules)
 
 
 def _steps_in_a_round(rig: Rig, trainee: Trainee, batch: Batch) -> int:
