@@ -11,8 +11,6 @@ LrRule: TypeAlias = Literal["saturating linear", "square root", "none"]
 
 SGD_FAMILY = frozenset({"SGD", "ASGD"})
 ADAPTIVE_FAMILY = frozenset({"Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "RMSprop"})
-LARGEST_BLIND_FACTOR = 8.0
-"""Without a noise scale a rate is not raised further than this: nothing says where the linear rule stops."""
 _BATCH_NORM_MOMENTUM = 0.1
 _EMA_DECAY = 0.999
 
@@ -58,9 +56,8 @@ def _rule(workload: WorkloadSummary, noise_scale: float | None, base: int | None
         where = f"; beyond the noise scale, {format_number(noise_scale)}, the best rate stops growing" if noise_scale else ""
         return rule, math.sqrt(kappa), f"The square root rule holds while gradient noise dominates{where}."
     if noise_scale is None:
-        capped = min(kappa, LARGEST_BLIND_FACTOR)
-        limit = f", held at {LARGEST_BLIND_FACTOR:.0f} times" if kappa > capped else ""
-        return rule, capped, f"The noise scale is unknown, so this is the plain linear rule{limit}: check the rate before a long run."
+        blind = "a smaller batch gets a rate in proportion" if kappa < 1 else "a larger batch keeps the rate"
+        return rule, min(kappa, 1.0), f"The noise scale is unknown, and so is where the linear rule stops: {blind} until it is measured."
     factor = (1 + noise_scale / base) / (1 + noise_scale / size)
     return (
         rule,

@@ -54,7 +54,7 @@ def _calibration_sentences(curve: MemoryCurve) -> list[str]:
     sentences = []
     if curve.recorded_on == "none":
         sentences.append("No allocation trace could be recorded, so the ceiling was searched for.")
-    if curve.ceiling_is_limit and curve.predicted_ceiling is not None and curve.predicted_ceiling != curve.ceiling:
+    if curve.ceiling_is_limit and curve.predicted_ceiling is not None and curve.predicted_ceiling > (curve.ceiling or 0):
         sentences.append(f"The calibrated trace lets {curve.predicted_ceiling} fit (extrapolated).")
     measured = sum(point.used_bytes is not None for point in curve.points)
     if curve.calibration_error is not None and measured > 2:

@@ -191,7 +191,8 @@ def _size_rows(findings: Findings) -> tuple[SizeRow, ...]:
     chosen = recommendation.plan.global_batch_size if recommendation.plan else None
     equivalent = recommendation.equivalent_batch_sizes
     if findings.tradeoff is not None and findings.tradeoff.points:
-        rows = [_tradeoff_row(point) for point in findings.tradeoff.points]
+        quickest = max(point.samples_per_s for point in findings.tradeoff.points)
+        rows = [_tradeoff_row(point, quickest) for point in findings.tradeoff.points]
     elif findings.step_time is not None and findings.step_time.points:
         points = findings.step_time.points
         fastest = max(point.samples_per_s.value or 0.0 for point in points)
@@ -201,7 +202,7 @@ def _size_rows(findings: Findings) -> tuple[SizeRow, ...]:
     return tuple(_marked(row, chosen, equivalent) for row in rows)
 
 
-def _tradeoff_row(point: TradeoffPoint) -> SizeRow:
+def _tradeoff_row(point: TradeoffPoint, quickest: float) -> SizeRow:
     time, samples = point.relative_time.value, point.relative_samples.value
     return SizeRow(
         global_batch_size=point.global_batch_size,
@@ -210,7 +211,7 @@ def _tradeoff_row(point: TradeoffPoint) -> SizeRow:
         relative_time="" if time is None else format_number(time),
         relative_samples="" if samples is None else format_number(samples),
         evidence=point.evidence,
-        bar_fraction=0.0 if not time else min(1.0, 1 / time),
+        bar_fraction=point.samples_per_s / quickest if not time else min(1.0, 1 / time),
         mark="",
     )
 

@@ -27,12 +27,12 @@ def test_sgd_factor_is_the_ratio_of_adascale_gains():
     assert couple_lr(workload(), trace / sq_norm, 1000).factor == pytest.approx(gain(1000) / gain(128))
 
 
-def test_sgd_without_a_noise_scale_is_linear_and_held():
+def test_sgd_without_a_noise_scale_is_lowered_in_proportion_and_never_raised():
     assert couple_lr(workload(), None, 64).factor == 0.5
-    held = couple_lr(workload(), None, 128 * 100)
-    assert held.factor == 8.0
-    assert "unknown" in held.validity
-    assert "held at 8 times" in held.validity
+    kept = couple_lr(workload(), None, 128 * 100)
+    assert kept.factor == 1.0
+    assert "unknown" in kept.validity
+    assert "keeps the rate" in kept.validity
 
 
 @pytest.mark.parametrize("optimizer", ["Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "RMSprop"])
