@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -53,7 +54,7 @@ class FoundPlan(BatchPlan):
         return render_notebook(self._findings)
 
     def __str__(self) -> str:
-        return render_text(self._findings, width=80, colour=False)
+        return render_text(self._findings, width=80, colour=False, now=datetime.now(UTC))
 
 
 @dataclass(frozen=True)

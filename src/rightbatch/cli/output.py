@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ def answer_findings(findings: "Findings", *, as_json: bool) -> None:
 
     terminal = sys.stdout.isatty()
     width = min(_WIDEST, shutil.get_terminal_size().columns) if terminal else _WIDTH_WITHOUT_TERMINAL
-    answer(render_text(findings, width=width, colour=terminal and not os.environ.get("NO_COLOR")))
+    colour = terminal and not os.environ.get("NO_COLOR")
+    answer(render_text(findings, width=width, colour=colour, now=datetime.now(UTC)))
 
 
 def answer_error(kind: str, message: str, exit_code: int) -> None:

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 import cloudpickle
 import numpy as np
@@ -55,6 +55,7 @@ class Killed:
     signal_name: str
 
 
+@runtime_checkable
 class Host(Protocol):
     """Runs probes on a rig."""
 
@@ -182,6 +183,7 @@ class ChildHost:
         code = self._process.wait()
         if code < 0:
             return Killed(signal.Signals(-code).name)
+        self.close()
         raise IsolationError(f"the child process must answer; it exited with status {code}; its last words are above.")
 
     def close(self) -> None:

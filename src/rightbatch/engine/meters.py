@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import psutil
 import torch
@@ -21,6 +21,7 @@ _PEAK_RESET = "5"
 _BUSY_CORES = 0.5
 
 
+@runtime_checkable
 class Clock(Protocol):
     """Tells the time once the device has finished what it was given."""
 
@@ -28,6 +29,7 @@ class Clock(Protocol):
         """Wait for the device, then return monotonic seconds."""
 
 
+@runtime_checkable
 class MemoryMeter(Protocol):
     """Measures what training adds to the memory of this process."""
 
@@ -45,6 +47,7 @@ class MemoryMeter(Protocol):
         """Return how much training may use now."""
 
 
+@runtime_checkable
 class EnergyMeter(Protocol):
     """Counts the energy that the device has used."""
 

@@ -155,9 +155,15 @@ class Rig:
         """Say how the loss reduces a batch and whether it couples samples, from two halves of a batch and the whole, in eval mode."""
         if self.workload.step is not None:
             return "counted", False
-        indices = range(min(sample_count, self.train_size) // 2 * 2) or range(1)
-        whole = self.real_batch(indices)
         trainee.model.eval()
+        count = min(sample_count, self.train_size) // 2 * 2 or 1
+        reduction, coupled = self._compare_halves(trainee, range(count))
+        if reduction == "sum" and 2 * count <= self.train_size:  # a contrastive loss grows as log b, and log 4 = 2 log 2 passes for a sum
+            return self._compare_halves(trainee, range(2 * count))
+        return reduction, coupled
+
+    def _compare_halves(self, trainee: Trainee, indices: range) -> tuple[str, bool]:
+        whole = self.real_batch(indices)
         with torch.no_grad():
             output_loss = self._raw_loss(trainee, whole)
             if output_loss.ndim > 0:

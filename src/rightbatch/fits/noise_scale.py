@@ -15,7 +15,7 @@ from rightbatch.records.measurements import GradientNoiseMeasurements, GradientN
 from rightbatch.units import format_number
 
 DECIDED_FACTOR = 2.4
-"""A noise scale wrong by this factor costs at most 5 % of time (MATHS, step time and the optimum)."""
+"""A noise scale wrong by this factor costs at most 5 % of time (docs/theory/tradeoff.md)."""
 
 _PROBLEM_STATUS = {
     NoiseProblem.NON_FINITE_LOSS: Status.NON_FINITE,

@@ -277,7 +277,7 @@ def fit_tradeoff(
         UsageError: The goal is energy and none was measured.
 
     Source:
-        McCandlish et al. 2018, arXiv:1812.06162, equation 2.11; MATHS, step time and the optimum.
+        McCandlish et al. 2018, arXiv:1812.06162, equation 2.11; docs/theory/tradeoff.md.
     """
     draws = draw_costs(
         step_time=step_time, loader=loader, noise_scale=noise_scale, memory=memory, workload=workload, constraints=constraints, rng=rng

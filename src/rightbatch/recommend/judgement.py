@@ -71,6 +71,7 @@ def judge(
         workload=workload,
         environment=environment,
         recommendation=recommendation,
+        constraints=constraints,
         memory=memory,
         step_time=step_time,
         loader=loader,

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Literal
 
+from pydantic import PositiveFloat
+
 from rightbatch.errors import RunFolderBusyError, RunFolderError
 from rightbatch.records.document import (
     ForeignRecordError,
@@ -73,6 +75,8 @@ class RunManifest(Record):
     code_files: tuple[tuple[str, str], ...]
     """(path, SHA-256) of every file of the user's code that the measurements rest on."""
     state: Literal["measuring", "complete", "interrupted"]
+    budget_s: PositiveFloat | None = None
+    """Seconds that the probes were given; none in folders of versions that did not say."""
     objective: Objective = Objective()
     constraints: Constraints = Constraints()
 

@@ -31,7 +31,7 @@ from rightbatch.records.measurements import (
 )
 from rightbatch.records.plan import Findings
 from rightbatch.records.record import Record
-from rightbatch.records.run import RunFolder, RunManifest
+from rightbatch.records.run import RunFolder, RunManifest, StoredPart
 from rightbatch.tuner.request import Part, Progress, Request
 
 if TYPE_CHECKING:
@@ -139,6 +139,7 @@ class _State:
     base_fingerprint: str
     parts: dict[str, Any]
     environment: Environment | None = None
+    manifest: RunManifest | None = None
     created_at: str = ""
     measured_at: str = ""
 
@@ -156,6 +157,7 @@ class _State:
 def _stored(folder: RunFolder, source: Source, request: Request) -> _State:
     """Read the parts of an earlier run that still hold: same code, arguments, versions, machine and settings."""
     base = _digest(
+        str(Path.cwd()),
         source.spec,
         *source.arguments,
         *_machine(),
@@ -165,16 +167,27 @@ def _stored(folder: RunFolder, source: Source, request: Request) -> _State:
     state = _State(folder, base, {}, created_at=manifest.created_at if manifest else _now())
     if manifest is None or manifest.environment is None or not source.code_is_unchanged(manifest.code_files):
         return state
-    for name, kind in _KINDS.items():
-        stored = folder.read_part(name, kind)
-        if stored is not None and stored.fingerprint == _part_fingerprint(base, name, request):
-            state.parts[name] = stored.record
-            if name != _WORKLOAD:
-                state.measured_at = min(state.measured_at or stored.measured_at, stored.measured_at)
-    if _WORKLOAD not in state.parts:
-        state.parts.clear()
-    state.environment = manifest.environment
+    parts = {name: part for name, kind in _KINDS.items() if (part := folder.read_part(name, kind)) is not None}
+    holding = {name: part for name, part in parts.items() if part.fingerprint == _part_fingerprint(base, name, request)}
+    if _WORKLOAD not in holding:
+        return state
+    state.environment, state.manifest = manifest.environment, manifest
+    cut_short = _cut_short(folder, holding) if request.budget_s > (manifest.budget_s or request.budget_s) else set()
+    state.parts = {name: part.record for name, part in holding.items() if name not in cut_short}
+    state.measured_at = min((part.measured_at for name, part in holding.items() if name in state.parts and name != _WORKLOAD), default="")
     return state
+
+
+def _cut_short(folder: RunFolder, parts: Mapping[str, StoredPart[Any]]) -> set[str]:
+    """Parts that a larger budget would improve: a search that the budget ended, and timings and noise that decided nothing."""
+    improvable: set[str] = set()
+    memory = parts.get(Part.MEMORY)
+    if memory is not None and memory.record.stopped_by == "budget":
+        improvable.add(Part.MEMORY)
+    findings = folder.read_findings()
+    if findings is not None and findings.recommendation.status not in {"ok", "nothing_fits"}:
+        improvable |= {Part.STEP_TIME, Part.GRADIENT_NOISE}
+    return improvable
 
 
 def _part_fingerprint(base: str, name: str, request: Request) -> str:
@@ -190,9 +203,21 @@ def _answer_at_once(folder: RunFolder, request: Request, state: _State) -> Findi
     findings = folder.read_findings()
     if findings is None or state.environment is None or findings.measured_at != state.measured_at:
         return None
+    if not state.parts.keys() <= _judged_parts(findings):  # the run ended between the last measurement and its verdict
+        return None
     if (findings.recommendation.objective, findings.constraints) != (request.objective, request.constraints):
         return None
     return findings.model_copy(update={"reused_parts": _reused(state), "duration_s": 0.0})
+
+
+def _judged_parts(findings: Findings) -> set[str]:
+    judged = {
+        Part.MEMORY: findings.memory,
+        Part.STEP_TIME: findings.step_time,
+        Part.LOADER: findings.loader,
+        Part.GRADIENT_NOISE: findings.noise_scale,
+    }
+    return {_WORKLOAD, *(part.value for part, conclusion in judged.items() if conclusion is not None)}
 
 
 def _reused(state: _State) -> tuple[str, ...]:
@@ -229,6 +254,8 @@ def _measure_and_judge(
     )
     if state.folder is not None:
         state.folder.write_findings(findings)
+        if state.manifest is not None:
+            _write_manifest(state, _asked_again(state.manifest, request, command))
     return findings
 
 
@@ -265,7 +292,7 @@ def _measure(
                 _write_manifest(state, manifest.model_copy(update={"state": "interrupted", "updated_at": _now()}))
             kept = ", ".join(part.value.replace("_", " ") for part in _ORDER if part.value in state.parts) or "nothing"
             raise InterruptedRunError(f"interrupted; measured so far: {kept}.", shlex.join(command)) from error
-    _write_manifest(state, manifest.model_copy(update={"state": "complete", "updated_at": _now()}))
+    state.manifest = manifest
     return measuring.elapsed_s
 
 
@@ -294,6 +321,18 @@ def _code_files(_rig: "Rig", *, source: Source) -> tuple[tuple[str, str], ...]:
     return source.code_files()
 
 
+def _asked_again(manifest: RunManifest, request: Request, command: tuple[str, ...]) -> RunManifest:
+    """The manifest of the same measurements, judged for the present question."""
+    asked = {
+        "objective": request.objective,
+        "constraints": request.constraints,
+        "command": command,
+        "state": "complete",
+        "updated_at": _now(),
+    }
+    return manifest.model_copy(update=asked)
+
+
 def _manifest(
     source: Source, request: Request, state: _State, command: tuple[str, ...], code_files: tuple[tuple[str, str], ...]
 ) -> RunManifest:
@@ -307,6 +346,7 @@ def _manifest(
         environment=state.environment,
         code_files=code_files,
         state="measuring",
+        budget_s=request.budget_s,
         objective=request.objective,
         constraints=request.constraints,
     )

@@ -7,7 +7,7 @@ from typing import Literal, TypeVar
 from rightbatch.engine.isolation import ChildHost, Completed, Host, InProcessHost, Killed, OutOfMemory
 from rightbatch.engine.provenance import environment
 from rightbatch.engine.rig import Rig
-from rightbatch.errors import IsolationError, NothingFitsError
+from rightbatch.errors import IsolationError, NothingFitsError, UsageError
 from rightbatch.fits import memory as memory_fit
 from rightbatch.fits import noise_scale as noise_fit
 from rightbatch.fits import step_time as step_time_fit
@@ -24,6 +24,7 @@ from rightbatch.records.measurements import (
     StepTimeMeasurements,
     WorkloadSummary,
 )
+from rightbatch.records.plan import Goal
 from rightbatch.tuner.request import Part, Progress, Request
 
 T = TypeVar("T")
@@ -64,6 +65,7 @@ class Measuring:
         self._say("loading the workload")
         host = ChildHost if request.isolation == "child" else InProcessHost
         self._host: Host = host(build, self._say)
+        self._start_s = clock_s()  # the budget is for the probes: importing torch and reading the data may take longer than a small one
 
     def close(self) -> None:
         """End the host."""
@@ -71,7 +73,7 @@ class Measuring:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds since the start."""
+        """Seconds since the workload was loaded."""
         return self._clock_s() - self._start_s
 
     def describe(self) -> tuple[WorkloadSummary, Environment]:
@@ -79,6 +81,7 @@ class Measuring:
 
         Raises:
             NothingFitsError: Memory runs out on a single sample, without any training.
+            UsageError: The goal is energy and the device has no meter for it.
         """
         self._stage = "workload"
         described = self._host.call(Rig.describe)
@@ -88,6 +91,8 @@ class Measuring:
             raise NothingFitsError(
                 f"one sample must fit in memory to train at all; it does not ({_words(described)}); use a smaller model or input."
             )
+        if self._request.objective.goal is Goal.ENERGY and not self._required(_has_energy_meter):
+            raise UsageError("--goal energy needs an energy meter, which NVIDIA devices have; this device has none: use --goal time.")
         return described.value, self._required(environment, self._request.isolation)
 
     def on_host(self, probe: Callable[[Rig], T]) -> T:
@@ -155,16 +160,20 @@ class Measuring:
         largest = ceiling if ran[ceiling] <= affordable_s else max(scan[-1][0], _power_of_two_below(affordable_s / seconds_a_sample))
         wanted = [size for size in (*_COMMON_SIZES, workload.lr_batch_size or _COMMON_SIZES[0]) if size <= largest]
         sizes = step_time_fit.candidate_sizes(scan, largest=min(largest, ceiling), must_include=wanted)
-        return self._required(
-            partial(
-                step_time.measure,
-                is_decided=step_time_fit.is_decided,
-                budget_s=budget_s * 0.7,
-                machine=machine,
-                largest_affordable=None if largest >= ceiling else largest,
-            ),
-            sizes,
+        measure = partial(
+            step_time.measure,
+            is_decided=step_time_fit.is_decided,
+            budget_s=budget_s * 0.7,
+            machine=machine,
+            largest_affordable=None if largest >= ceiling else largest,
         )
+        while len(sizes) > 1:
+            outcome = self._host.call(measure, sizes)
+            if isinstance(outcome, Completed):
+                return outcome.value
+            self._say(f"memory ran out beside the batches of the other sizes: leaving out {sizes[-1]}")
+            sizes = sizes[:-1]
+        return self._required(measure, sizes)
 
     def loader(self, budget_s: float) -> LoaderMeasurements:
         """Time the data loader."""
@@ -210,6 +219,10 @@ class Measuring:
 
     def _say(self, detail: str) -> None:
         self._progress.update(self._stage, min(1.0, self.elapsed_s / self._request.budget_s), detail)
+
+
+def _has_energy_meter(rig: Rig) -> bool:
+    return rig.meters.energy is not None
 
 
 def _words(outcome: OutOfMemory | Killed) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -115,18 +116,18 @@ class Workload:
             )
         if self.num_workers is not None and (not _is_integer(self.num_workers) or self.num_workers < 0):
             raise WorkloadError(f"num_workers must be 0 or more; got {self.num_workers!r}.")
-        if self.clip_norm is not None and not self.clip_norm > 0:
+        if self.clip_norm is not None and not (_is_number(self.clip_norm) and self.clip_norm > 0):
             raise WorkloadError(f"clip_norm must be positive; got {self.clip_norm!r}; give None not to clip.")
 
 
 def _check_dataset(field: str, dataset: object) -> None:
+    if isinstance(dataset, torch.utils.data.DataLoader):
+        raise WorkloadError(f"{field} must be a dataset; got a DataLoader; give its .dataset, since rightbatch chooses the batches.")
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise WorkloadError(
             f"{field} must be a map-style dataset with __len__ and __getitem__; got {_kind(dataset)}; "
             "for a stream, give a list of some thousand of its samples."
         )
-    if isinstance(dataset, torch.utils.data.DataLoader):
-        raise WorkloadError(f"{field} must be a dataset; got a DataLoader; give its .dataset, since rightbatch chooses the batches.")
     if isinstance(dataset, Mapping):
         raise WorkloadError(f"{field} must be indexed by 0, 1, 2, ...; got a mapping ({_kind(dataset)}); give a list of its values.")
     if len(dataset) == 0:
@@ -135,6 +136,10 @@ def _check_dataset(field: str, dataset: object) -> None:
 
 def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _kind(value: object) -> str:

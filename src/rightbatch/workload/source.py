@@ -181,7 +181,7 @@ class WorkloadSource:
             message = f"{self.spec} ended the process (sys.exit({error.code!r})) {doing}; put such code below `if __name__ == '__main__':`."
             raise UserCodeError(message, user_traceback(error)) from error
         except Exception as error:
-            detail = f": {error}" if str(error) else ""
+            detail = f": {str(error).splitlines()[0]}" if str(error) else ""
             raise UserCodeError(f"{self.spec} raised {type(error).__name__} {doing}{detail}", user_traceback(error)) from error
 
 
@@ -340,5 +340,5 @@ def _likely_functions(file: Path) -> list[str]:
     except (SyntaxError, ValueError):
         return []
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")}
-    makers = [name for name, node in functions.items() if "Workload" in ast.unparse(node)]
-    return makers or list(functions)
+    makers = [name for name, node in functions.items() if name == "workload" or "Workload" in ast.unparse(node)]
+    return sorted(makers, key=lambda name: name != "workload") or list(functions)
