@@ -21,14 +21,12 @@ _PROBLEM_STATUS = {
     NoiseProblem.NON_FINITE_LOSS: Status.NON_FINITE,
     NoiseProblem.ZERO_GRADIENT: Status.NO_GRADIENT,
     NoiseProblem.DATASET_TOO_SMALL: Status.INDETERMINATE,
-    NoiseProblem.OUT_OF_BUDGET: Status.INDETERMINATE,
     NoiseProblem.OUT_OF_MEMORY: Status.INDETERMINATE,
 }
 _REMEDY = {
     NoiseProblem.NON_FINITE_LOSS: "The loss or a gradient is not finite: lower the learning rate, or check the data and the precision.",
     NoiseProblem.ZERO_GRADIENT: "Every gradient is zero: check that parameters require gradients and that the loss depends on them.",
     NoiseProblem.DATASET_TOO_SMALL: "The dataset is too small for two micro-batches of gradients: give more training samples.",
-    NoiseProblem.OUT_OF_BUDGET: "The time budget ended before the gradient noise was known: give a larger --budget.",
     NoiseProblem.OUT_OF_MEMORY: "The gradient sums do not fit beside the model: free memory or raise --limit.",
 }
 

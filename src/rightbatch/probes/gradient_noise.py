@@ -78,7 +78,6 @@ _REMARKS = {
     NoiseProblem.NON_FINITE_LOSS: "The loss or its gradient was NaN or infinite.",
     NoiseProblem.ZERO_GRADIENT: "Every gradient was zero.",
     NoiseProblem.DATASET_TOO_SMALL: "The dataset holds too few samples to compare micro-batches.",
-    NoiseProblem.OUT_OF_BUDGET: "The budget ended before enough micro-batches had run.",
     NoiseProblem.OUT_OF_MEMORY: "Memory ran out.",
 }
 

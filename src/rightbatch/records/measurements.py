@@ -173,7 +173,6 @@ class NoiseProblem(StrEnum):
     NON_FINITE_LOSS = "non_finite_loss"
     ZERO_GRADIENT = "zero_gradient"
     DATASET_TOO_SMALL = "dataset_too_small"
-    OUT_OF_BUDGET = "out_of_budget"
     OUT_OF_MEMORY = "out_of_memory"
 
 

@@ -148,7 +148,6 @@ def test_zero_gradients_say_so():
         (NoiseProblem.NON_FINITE_LOSS, Status.NON_FINITE, "lower the learning rate"),
         (NoiseProblem.ZERO_GRADIENT, Status.NO_GRADIENT, "require gradients"),
         (NoiseProblem.DATASET_TOO_SMALL, Status.INDETERMINATE, "more training samples"),
-        (NoiseProblem.OUT_OF_BUDGET, Status.INDETERMINATE, "larger --budget"),
         (NoiseProblem.OUT_OF_MEMORY, Status.INDETERMINATE, "free memory"),
     ],
 )
@@ -160,8 +159,8 @@ def test_problem_gives_its_status_and_remedy(problem, status, remedy):
     assert remedy in estimate.remarks[0]
 
 
-def test_budget_that_ends_after_a_snapshot_leaves_an_estimate():
-    estimate = fit_noise_scale(_measurements(_norms(1), problem=NoiseProblem.OUT_OF_BUDGET))
+def test_memory_that_ends_after_a_snapshot_leaves_an_estimate():
+    estimate = fit_noise_scale(_measurements(_norms(1), problem=NoiseProblem.OUT_OF_MEMORY))
 
     assert estimate.status is Status.OK
     assert estimate.value is not None
