@@ -54,13 +54,14 @@ def candidate_sizes(
         limit: Most sizes to return.
 
     Returns:
-        Ascending, distinct sizes from 1 to ``largest``: always ``largest``, then ``must_include``, then the knee of the scan and its
-        neighbours at factors of two, more of them below, as far as ``limit`` allows. The optimum for time mostly lies below the knee, at
-        sqrt(B_crit * b_half): under the affine law the knee is 32 times b_half.
+        Ascending, distinct sizes from the smallest scanned to ``largest``: always ``largest``, then ``must_include``, then the knee of the
+        scan and its neighbours at factors of two, more of them below, as far as ``limit`` allows. The optimum for time mostly lies below
+        the knee, at sqrt(B_crit * b_half): under the affine law the knee is 32 times b_half.
     """
     knee = _scanned_knee(scan, largest)
     wanted = [largest, *must_include, *(round(knee * 2.0**exponent) for exponent in (0, -1, 1, -2, -3, -4, 2, -5))]
-    chosen = list(dict.fromkeys(size for size in wanted if 1 <= size <= largest))
+    smallest = min((size for size, _ in scan), default=1)
+    chosen = list(dict.fromkeys(size for size in wanted if smallest <= size <= largest))
     return tuple(sorted(chosen[:limit]))
 
 

@@ -38,7 +38,7 @@ class Workload:
     builds fresh copies.
 
     Args:
-        model: A module, or a function without arguments that builds one. A function is better: it needs no copy.
+        model: A module, or a function or class that builds one when called without arguments, which is better: it needs no copy.
         train: Map-style training dataset.
         loss: ``loss(model(*inputs), target)`` for batches ``(*inputs, target)``. Mean, sum or per-sample losses are all understood.
         valid: Map-style validation dataset.
@@ -80,10 +80,6 @@ class Workload:
     def __post_init__(self) -> None:
         if not callable(self.model):
             raise WorkloadError(f"model must be a torch.nn.Module or a function that builds one; got {_kind(self.model)}.")
-        if isinstance(self.model, type):
-            raise WorkloadError(
-                f"model must be a module or a function that builds one; got the class itself; give lambda: {self.model.__name__}(...)."
-            )
         self._check_objective()
         _check_dataset("train", self.train)
         if self.valid is not None:

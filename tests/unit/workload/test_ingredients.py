@@ -61,7 +61,6 @@ def test_a_sound_workload_is_accepted(changes):
     ("changes", "message"),
     [
         ({"model": 3}, r"model must be a torch\.nn\.Module or a function that builds one; got int"),
-        ({"model": nn.ReLU}, r"got the class itself; give lambda: ReLU\(\.\.\.\)"),
         ({"loss": None}, r"needs a loss or a step; got neither; give loss=torch\.nn\.functional\.cross_entropy"),
         ({"step": lambda model, batch: None}, "takes either loss or step; got both; drop loss"),
         ({"loss": 0.5}, r"loss must be callable; got float; see help\(rightbatch\.Workload\)"),
