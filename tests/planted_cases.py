@@ -46,7 +46,7 @@ CASES = (
     PlantedCase("loader-bound", 34, loader_samples_per_s=1500.0, noise_scale=1000.0),
     PlantedCase("noise swamps the signal", 35, noise_scale=3e6, train_size=2000),
     PlantedCase("out of memory at one sample", 36, out_of_memory_at_one=True),
-    PlantedCase("one sample fits, two do not", 37, ceiling=1),
+    PlantedCase("one sample fits, two do not", 37, ceiling=1, train_size=2000, noise_scale=20.0),
     PlantedCase("small dataset", 38, train_size=300, noise_scale=20.0),
 )
 

@@ -146,7 +146,8 @@ class _State:
     def keep(self, name: str, record: Record, request: Request) -> None:
         now = _now()
         self.parts[name] = record
-        self.measured_at = min(self.measured_at or now, now)
+        if name != _WORKLOAD:
+            self.measured_at = min(self.measured_at or now, now)
         if self.folder is not None:
             self.folder.write_part(name, record, fingerprint=_part_fingerprint(self.base_fingerprint, name, request), measured_at=now)
 

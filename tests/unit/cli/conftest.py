@@ -48,7 +48,7 @@ def tuner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeTuner:
     fake = FakeTuner()
     stand_in(monkeypatch, "rightbatch.tuner.find", find=fake.find)
     stand_in(monkeypatch, "rightbatch.recommend", judge=fake.judge)
-    stand_in(monkeypatch, "rightbatch.report.text", render_text=lambda findings, *, width, colour: f"batch 512, width {width}\nwhy\n")
+    stand_in(monkeypatch, "rightbatch.report.text", render_text=lambda findings, *, width, colour, now: f"batch 512, width {width}\nwhy\n")
     stand_in(monkeypatch, "rightbatch.report.html", render_html=lambda findings: "<!doctype html>")
     monkeypatch.chdir(tmp_path)
     Path("train.py").write_text("def workload(width: int = 3):\n    '''My CNN.'''\n")

@@ -289,7 +289,8 @@ def test_colour_is_for_terminals_that_want_it(tuner, monkeypatch, no_color, colo
     monkeypatch.setenv("NO_COLOR", no_color)
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["find", WORKLOAD, "--quiet"]) == 0
-    assert seen == {"width": 100, "colour": colour}
+    assert (seen["width"], seen["colour"]) == (100, colour)
+    assert seen["now"].tzinfo is not None
 
 
 def test_lines_of_progress_are_few(capsys) -> None:
