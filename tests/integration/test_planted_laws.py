@@ -119,8 +119,9 @@ def test_answer_is_ok_and_one_of_the_equivalent_sizes(case):
 def test_throughput_that_is_flat_from_the_start_makes_the_smallest_size_best():
     findings, _, _ = found(BY_NAME["saturated throughput"])
 
-    assert findings.step_time.knee == 1
-    assert findings.recommendation.plan.global_batch_size == 1
+    smallest = findings.step_time.points[0].micro_batch_size
+    assert findings.step_time.knee == smallest
+    assert findings.recommendation.plan.global_batch_size == smallest
     assert findings.recommendation.binding_constraint is Binding.SMALLEST
 
 

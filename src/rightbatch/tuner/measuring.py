@@ -35,6 +35,8 @@ SHARES: Mapping[Part, float] = {Part.MEMORY: 0.2, Part.STEP_TIME: 0.3, Part.LOAD
 
 _BUDGET_IN_USE = 0.95
 """The rest is for steps that overrun, and for judging."""
+_FIRST_SAMPLES = 8
+_TRACE_STEPS = 2
 _ATTEMPT_STEPS = 3.0
 """An attempt takes two steps, and its batch and model must be made: about the time of three."""
 _LARGEST_ROUND_SHARE = 0.1
@@ -109,18 +111,20 @@ class Measuring:
         self._stage = "memory"
         end_s = self._clock_s() + budget_s
         limit, allocator = self._required(memory.limit, self._request.limit_bytes)
-        traced = self._host.call(memory.trace)
-        trace = traced.value if isinstance(traced, Completed) else memory.no_trace(f"Memory ran out while recording ({_words(traced)}).")
         cap = min(workload.train_size, self._request.max_batch or workload.train_size)
+        trace, pace_s = self._trace()
         points: list[MemoryPoint] = []
-        for size in memory_fit.touch_sizes(trace, limit.limit_bytes, cap):
+        for wanted in memory_fit.touch_sizes(trace, limit.limit_bytes, cap):
+            size = _affordable_touch(points, wanted, pace_s, end_s - self._clock_s())
             if memory_fit.touch_is_safe(trace, limit.limit_bytes, points, size):
                 points.append(self._attempt(size, "touch", trace, limit.limit_bytes))
-        affordable = cap
-        while (following := memory_fit.next_attempt(trace, limit.limit_bytes, points, affordable)) is not None:
-            affordable = min(affordable, _affordable(points, end_s - self._clock_s()))
-            if following <= affordable:
-                points.append(self._attempt(following, "approach", trace, limit.limit_bytes))
+        while memory_fit.next_attempt(trace, limit.limit_bytes, points, cap) is not None:
+            affordable = min(cap, _affordable(points, end_s - self._clock_s()))
+            size_in_time = memory_fit.next_attempt(trace, limit.limit_bytes, points, affordable)
+            if size_in_time is None:
+                break
+            points.append(self._attempt(size_in_time, "approach", trace, limit.limit_bytes))
+        is_settled = memory_fit.next_attempt(trace, limit.limit_bytes, points, cap) is None
         largest = max((point.micro_batch_size for point in points if point.outcome is Outcome.RAN), default=0)
         has_failed = any(point.outcome is not Outcome.RAN for point in points)
         return MemoryMeasurements(
@@ -129,9 +133,16 @@ class Measuring:
             points=tuple(points),
             largest_allowed=cap,
             largest_allowed_source="dataset" if cap == workload.train_size else "--max-batch",
-            stopped_by="cap" if largest >= cap else "failure" if has_failed else "budget" if affordable < cap else "limit",
+            stopped_by="cap" if largest >= cap else "failure" if has_failed else "limit" if is_settled else "budget",
             allocator=allocator,
         )
+
+    def _trace(self) -> tuple[MemoryTrace, float]:
+        """Record the allocations of a step; also return the seconds a sample that this took, which bounds a step's pace."""
+        start_s = self._clock_s()
+        traced = self._host.call(memory.trace)
+        trace = traced.value if isinstance(traced, Completed) else memory.no_trace(f"Memory ran out while recording ({_words(traced)}).")
+        return trace, (self._clock_s() - start_s) / sum(_TRACE_STEPS * size for size in trace.batch_sizes)
 
     def _attempt(self, size: int, purpose: Purpose, trace: MemoryTrace, limit_bytes: int) -> MemoryPoint:
         traced_bytes = memory_fit.traced_peak_bytes(trace, size)
@@ -229,13 +240,31 @@ def _words(outcome: OutOfMemory | Killed) -> str:
     return outcome.message if isinstance(outcome, OutOfMemory) else f"killed by {outcome.signal_name}"
 
 
+def _affordable_touch(points: list[MemoryPoint], wanted: int, pace_s: float, left_s: float) -> int:
+    """The touch that is wanted, or a smaller one when time is short.
+
+    Before anything ran only the recording tells a pace, and far too slow a one; if even that pace is fast enough there is nothing to
+    fear, else a handful of samples go first.
+    """
+    if points:
+        return max(1, min(wanted, _affordable(points, left_s)))
+    return wanted if _ATTEMPT_STEPS * pace_s * wanted <= left_s else min(wanted, _FIRST_SAMPLES)
+
+
 def _affordable(points: list[MemoryPoint], left_s: float) -> int:
-    """Largest size whose attempt should end in the time left, going by the time of the largest that ran."""
-    ran = [point for point in points if point.step_time_s]
+    """Largest size whose attempt should end in the time left, by a line through the step times of the two largest that ran.
+
+    A sample more is taken to cost a tenth of the mean at least: step times are noisy, and rarely flat.
+    """
+    ran = sorted((point.micro_batch_size, point.step_time_s) for point in points if point.step_time_s)
     if not ran:
         return 1 if left_s <= 0 else 2**62
-    largest = max(ran, key=lambda point: point.micro_batch_size)
-    return int(largest.micro_batch_size * max(0.0, left_s) / (_ATTEMPT_STEPS * (largest.step_time_s or 1.0)))
+    size, time_s = ran[-1]
+    slope_s = time_s / size
+    if len(ran) > 1:
+        smaller, smaller_time_s = ran[-2]
+        slope_s = max(slope_s / 10, (time_s - smaller_time_s) / (size - smaller))
+    return max(0, size + int((left_s / _ATTEMPT_STEPS - time_s) / slope_s))
 
 
 def _power_of_two_below(value: float) -> int:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from rightbatch.records.plan import Constraints, Objective
 
@@ -46,6 +46,31 @@ class Request:
     """Measure again what an earlier run in the folder has already measured."""
     save: bool = True
     """Whether to write a run folder at all."""
+
+
+class Source(Protocol):
+    """Where a workload comes from."""
+
+    @property
+    def spec(self) -> str:
+        """How the user named it."""
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The user's arguments to it."""
+
+    @property
+    def name(self) -> str:
+        """A word for it that can name a folder."""
+
+    def load(self) -> Any:
+        """Return the workload; runs the user's code."""
+
+    def code_files(self) -> tuple[tuple[str, str], ...]:
+        """Return (path, digest) of every file of the user's code, once loaded."""
+
+    def code_is_unchanged(self, files: tuple[tuple[str, str], ...]) -> bool:
+        """Return whether those files are as they were."""
 
 
 class Progress(Protocol):

@@ -1,0 +1,173 @@
+"""What an earlier run left in its folder, whether it still holds, and where new measurements are kept. Never imports torch."""
+
+import hashlib
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rightbatch._version import __version__
+from rightbatch.records.environment import Environment
+from rightbatch.records.measurements import (
+    GradientNoiseMeasurements,
+    LoaderMeasurements,
+    Measurements,
+    MemoryMeasurements,
+    StepTimeMeasurements,
+    WorkloadSummary,
+)
+from rightbatch.records.plan import Findings
+from rightbatch.records.record import Record
+from rightbatch.records.run import RunFolder, RunManifest, StoredPart
+from rightbatch.tuner.request import Part, Request, Source
+
+WORKLOAD = "workload"
+ORDER = (Part.MEMORY, Part.STEP_TIME, Part.LOADER, Part.GRADIENT_NOISE)
+_KINDS: Mapping[str, type[Record]] = {
+    WORKLOAD: WorkloadSummary,
+    Part.MEMORY: MemoryMeasurements,
+    Part.STEP_TIME: StepTimeMeasurements,
+    Part.LOADER: LoaderMeasurements,
+    Part.GRADIENT_NOISE: GradientNoiseMeasurements,
+}
+
+
+@dataclass
+class Kept:
+    """What is known before measuring, and where to keep what is found."""
+
+    folder: RunFolder | None
+    base_fingerprint: str
+    parts: dict[str, Any]
+    environment: Environment | None = None
+    manifest: RunManifest | None = None
+    created_at: str = ""
+    measured_at: str = ""
+
+    def keep(self, name: str, record: Record, request: Request) -> None:
+        """Take a new measurement in, and write it into the folder at once."""
+        measured_at = now()
+        self.parts[name] = record
+        if name != WORKLOAD:
+            self.measured_at = min(self.measured_at or measured_at, measured_at)
+        if self.folder is not None:
+            fingerprint = _part_fingerprint(self.base_fingerprint, name, request)
+            self.folder.write_part(name, record, fingerprint=fingerprint, measured_at=measured_at)
+
+    def write_manifest(self, manifest: RunManifest) -> None:
+        """Write the manifest into the folder, if there is one."""
+        if self.folder is not None:
+            self.folder.write_manifest(manifest)
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """Names of the parts that are known, in the order of measuring."""
+        return tuple(part.value for part in ORDER if part.value in self.parts)
+
+    def measurements(self) -> Measurements:
+        """Return everything that is known."""
+        return Measurements(**self.parts)
+
+
+def read_kept(folder: RunFolder, source: Source, request: Request) -> Kept:
+    """Read the parts of an earlier run that still hold: same code, arguments, versions, machine and settings."""
+    base = digest(
+        str(Path.cwd()),
+        source.spec,
+        *source.arguments,
+        *_machine(),
+        str((request.device, request.precision, request.seed, request.threads, request.isolation)),
+    )
+    manifest = None if request.fresh else folder.read_manifest()
+    kept = Kept(folder, base, {}, created_at=manifest.created_at if manifest else now())
+    if manifest is None or manifest.environment is None or not source.code_is_unchanged(manifest.code_files):
+        return kept
+    parts = {name: part for name, kind in _KINDS.items() if (part := folder.read_part(name, kind)) is not None}
+    holding = {name: part for name, part in parts.items() if part.fingerprint == _part_fingerprint(base, name, request)}
+    if WORKLOAD not in holding:
+        return kept
+    kept.environment, kept.manifest = manifest.environment, manifest
+    cut_short = _cut_short(folder, holding) if request.budget_s > (manifest.budget_s or request.budget_s) else set()
+    kept.parts = {name: part.record for name, part in holding.items() if name not in cut_short}
+    kept.measured_at = min((part.measured_at for name, part in holding.items() if name in kept.parts and name != WORKLOAD), default="")
+    return kept
+
+
+def _cut_short(folder: RunFolder, parts: Mapping[str, StoredPart[Any]]) -> set[str]:
+    """Parts that a larger budget would improve: a search that the budget ended, and timings and noise that decided nothing."""
+    improvable: set[str] = set()
+    memory = parts.get(Part.MEMORY)
+    if memory is not None and memory.record.stopped_by == "budget":
+        improvable.add(Part.MEMORY)
+    findings = folder.read_findings()
+    if findings is not None and findings.recommendation.status not in {"ok", "nothing_fits"}:
+        improvable |= {Part.STEP_TIME, Part.GRADIENT_NOISE}
+    return improvable
+
+
+def _part_fingerprint(base: str, name: str, request: Request) -> str:
+    """Sizes and limits change what is measured of memory and time, and through the ceiling what is measured of noise; the goal does not."""
+    bounds = (request.max_batch, request.limit_bytes) if name not in (WORKLOAD, Part.LOADER) else ()
+    return digest(base, name, str(bounds))
+
+
+def answer_at_once(folder: RunFolder, request: Request, kept: Kept) -> Findings | None:
+    """Return the stored verdict if everything asked is measured and the question is the same."""
+    if not {part.value for part in request.parts} <= kept.parts.keys():
+        return None
+    findings = folder.read_findings()
+    if findings is None or kept.environment is None or findings.measured_at != kept.measured_at:
+        return None
+    if not kept.parts.keys() <= _judged_parts(findings):  # the run ended between the last measurement and its verdict
+        return None
+    if (findings.recommendation.objective, findings.constraints) != (request.objective, request.constraints):
+        return None
+    return findings.model_copy(update={"reused_parts": kept.part_names, "duration_s": 0.0})
+
+
+def _judged_parts(findings: Findings) -> set[str]:
+    judged = {
+        Part.MEMORY: findings.memory,
+        Part.STEP_TIME: findings.step_time,
+        Part.LOADER: findings.loader,
+        Part.GRADIENT_NOISE: findings.noise_scale,
+    }
+    return {WORKLOAD, *(part.value for part, conclusion in judged.items() if conclusion is not None)}
+
+
+def _machine() -> tuple[str, ...]:
+    """What a timing depends on and can be told without torch."""
+    return (
+        platform.python_version(),
+        __version__,
+        metadata.version("torch"),
+        platform.platform(),
+        str(os.cpu_count()),
+        os.environ.get("OMP_NUM_THREADS", ""),
+        os.environ.get("CUDA_VISIBLE_DEVICES", ""),
+        *_gpu_names(),
+    )
+
+
+def _gpu_names() -> tuple[str, ...]:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return tuple(str(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(i))) for i in range(pynvml.nvmlDeviceGetCount()))
+    except Exception:  # noqa: BLE001  # no library, no driver or no device: no names
+        return ()
+
+
+def digest(*words: str) -> str:
+    """Return the SHA-256 of some words, in hexadecimal."""
+    return hashlib.sha256("\0".join(words).encode()).hexdigest()
+
+
+def now() -> str:
+    """Return the time: ISO 8601, UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
