@@ -1,5 +1,6 @@
 """Step time: which sizes to time, when to stop timing, and the curve and knee that the rounds give."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from rightbatch.units import format_percent
 KNEE_TOLERANCE = 0.03
 """The knee is the smallest size whose throughput is within this fraction of the best."""
 MIN_ROUNDS = 5
+_KNEE_OVER_HALF_SATURATION = 32
+_NARROW_GAP = 1.5
+"""Neighbours closer than this need no size between them."""
 LARGEST_EXPONENT = 8.0
 UNSTABLE_SPREAD = 0.2
 """Relative median absolute deviation between rounds above which the timings are not trusted."""
@@ -45,7 +49,7 @@ class StepTimeLaw:
 def candidate_sizes(
     scan: Sequence[tuple[int, float]], *, largest: int, must_include: Sequence[int] = (), limit: int = 8
 ) -> tuple[int, ...]:
-    """At most ``limit`` sizes to time properly: around the knee of a quick scan, at factors of two, and the largest.
+    """At most ``limit`` sizes to time properly: those of interest, and enough between them that the best is never far.
 
     Args:
         scan: (micro-batch size, seconds of a step), measured quickly.
@@ -54,15 +58,28 @@ def candidate_sizes(
         limit: Most sizes to return.
 
     Returns:
-        Ascending, distinct sizes from the smallest scanned to ``largest``: always ``largest``, then ``must_include``, then the knee of the
-        scan and its neighbours at factors of two, more of them below, as far as ``limit`` allows. The optimum for time mostly lies below
-        the knee, at sqrt(B_crit * b_half): under the affine law the knee is 32 times b_half.
+        Ascending, distinct sizes from the smallest scanned to ``largest``: ``largest``, ``must_include``, the knee of the scan and a
+        thirty-second of it, then powers of two that halve the widest ratio up to twice the knee. The optimum for time mostly lies in that
+        range, at sqrt(B_crit * b_half): under the affine law the knee is 32 times b_half.
     """
     knee = _scanned_knee(scan, largest)
-    wanted = [largest, *must_include, *(round(knee * 2.0**exponent) for exponent in (0, -1, 1, -2, -3, -4, 2, -5))]
     smallest = min((size for size, _ in scan), default=1)
-    chosen = list(dict.fromkeys(size for size in wanted if smallest <= size <= largest))
-    return tuple(sorted(chosen[:limit]))
+    wanted = (largest, *must_include, knee, max(smallest, knee // _KNEE_OVER_HALF_SATURATION))
+    chosen = set(list(dict.fromkeys(size for size in wanted if smallest <= size <= largest))[:limit])
+    top = max(2 * knee, *must_include, 0)
+    while len(chosen) < limit and (middle := _middle_of_widest_gap(sorted(chosen), top)) is not None:
+        chosen.add(middle)
+    return tuple(sorted(chosen))
+
+
+def _middle_of_widest_gap(sizes: Sequence[int], top: int) -> int | None:
+    """The power of two nearest to the middle, in logarithms, of the widest gap that begins below ``top``; none when all are narrow."""
+    gaps = [(min(high, top) / low, low, min(high, top)) for low, high in itertools.pairwise(sizes) if low < top]
+    for ratio, low, high in sorted(gaps, reverse=True):
+        middle = int(2 ** round(math.log2(low * high) / 2))
+        if ratio >= _NARROW_GAP and low < middle < high:
+            return middle
+    return None
 
 
 def is_decided(measurements: StepTimeMeasurements, *, precision: float = 0.02) -> bool:
