@@ -46,7 +46,7 @@ check: setup  ## formatting, lint, types, and who may import whom
 	@$(BIN)/lint-imports --no-logo --no-cache
 
 golden: setup  ## rewrite the stored reports and messages; read the diff before committing
-	@OMP_NUM_THREADS=1 RIGHTBATCH_UPDATE_GOLDEN=1 $(BIN)/python -m pytest -q tests/unit/report tests/unit/cli
+	@OMP_NUM_THREADS=1 RIGHTBATCH_UPDATE_GOLDEN=1 $(BIN)/python -m pytest -q tests/unit/report tests/unit/cli tests/integration/test_recorded_runs.py
 
 bench: setup  ## run the benchmarks that take about a minute
 	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script || exit 1; done

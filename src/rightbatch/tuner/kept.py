@@ -12,28 +12,14 @@ from typing import Any
 
 from rightbatch._version import __version__
 from rightbatch.records.environment import Environment
-from rightbatch.records.measurements import (
-    GradientNoiseMeasurements,
-    LoaderMeasurements,
-    Measurements,
-    MemoryMeasurements,
-    StepTimeMeasurements,
-    WorkloadSummary,
-)
+from rightbatch.records.measurements import Measurements
 from rightbatch.records.plan import Findings
 from rightbatch.records.record import Record
-from rightbatch.records.run import RunFolder, RunManifest, StoredPart
+from rightbatch.records.run import PART_KINDS, RunFolder, RunManifest, StoredPart
 from rightbatch.tuner.request import Part, Request, Source
 
 WORKLOAD = "workload"
 ORDER = (Part.MEMORY, Part.STEP_TIME, Part.LOADER, Part.GRADIENT_NOISE)
-_KINDS: Mapping[str, type[Record]] = {
-    WORKLOAD: WorkloadSummary,
-    Part.MEMORY: MemoryMeasurements,
-    Part.STEP_TIME: StepTimeMeasurements,
-    Part.LOADER: LoaderMeasurements,
-    Part.GRADIENT_NOISE: GradientNoiseMeasurements,
-}
 
 
 @dataclass
@@ -86,7 +72,7 @@ def read_kept(folder: RunFolder, source: Source, request: Request) -> Kept:
     kept = Kept(folder, base, {}, created_at=manifest.created_at if manifest else now())
     if manifest is None or manifest.environment is None or not source.code_is_unchanged(manifest.code_files):
         return kept
-    parts = {name: part for name, kind in _KINDS.items() if (part := folder.read_part(name, kind)) is not None}
+    parts = {name: part for name, kind in PART_KINDS.items() if (part := folder.read_part(name, kind)) is not None}
     holding = {name: part for name, part in parts.items() if part.fingerprint == _part_fingerprint(base, name, request)}
     if WORKLOAD not in holding:
         return kept
