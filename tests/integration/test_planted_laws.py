@@ -7,6 +7,7 @@ import pytest
 
 from planted_cases import CASES, PlantedCase, find_planted, planted_device, planted_knee
 from rightbatch.errors import NothingFitsError
+from rightbatch.fits.tradeoff import CALIBRATION_MEDIAN, GROWTH_WITH_PILOT_MEDIAN
 from rightbatch.records.estimates import Status
 from rightbatch.records.plan import Binding, Findings
 
@@ -160,13 +161,15 @@ def test_larger_planted_noise_never_lowers_the_recommended_size():
 
 
 def test_recommended_size_costs_at_most_a_tenth_more_than_the_planted_best():
-    """Time to target by the planted laws: (1 + B_crit / b) * t(b), with B_crit the noise scale; the belief about their ratio is wide."""
+    """Time to target by the planted laws: (1 + B_crit / b) * t(b), with B_crit what the stated priors expect of the noise scale."""
+    believed = CALIBRATION_MEDIAN * GROWTH_WITH_PILOT_MEDIAN
     for case in FITTING:
         if case.name in {"noise swamps the signal", "loader-bound"}:
             continue
         findings, _, _ = found(case)
         cost = {
-            point.global_batch_size: (1 + case.noise_scale / point.global_batch_size) * (case.half_saturation + point.global_batch_size)
+            point.global_batch_size: (1 + believed * case.noise_scale / point.global_batch_size)
+            * (case.half_saturation + point.global_batch_size)
             for point in findings.tradeoff.points
             if point.accumulation_steps == 1
         }

@@ -140,7 +140,7 @@ def test_dataset_or_max_batch_binds_when_it_ends_the_search():
 
 
 def test_smallest_binds_when_nothing_smaller_was_timed():
-    assert _recommend(noise_scale=noise(0.5)).binding_constraint is Binding.SMALLEST
+    assert _recommend(noise_scale=noise(0.15)).binding_constraint is Binding.SMALLEST
 
 
 def test_loader_binds_and_its_advice_has_the_numbers():
@@ -221,7 +221,7 @@ def test_comparisons_are_draw_wise_and_name_their_evidence():
 
 
 def test_sensitivities_move_with_the_noise_scale_and_the_memory():
-    answer = _recommend()
+    answer = _recommend(noise_scale=noise(150.0))
 
     changes = {s.change: s.global_batch_size for s in answer.sensitivities}
     assert changes["noise scale 4x smaller"] < answer.plan.global_batch_size < changes["noise scale 4x larger"]

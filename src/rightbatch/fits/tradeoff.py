@@ -27,13 +27,13 @@ from rightbatch.records.measurements import WorkloadSummary
 from rightbatch.records.plan import Constraints, Goal, Objective
 
 N_DRAWS = 2048
-CALIBRATION_MEDIAN = 0.5
-"""B_crit over the run's noise scale: 0.12-0.5 for image classifiers (McCandlish et al. 2018, table 1), 0.56-3.3 elsewhere (theory page)."""
+CALIBRATION_MEDIAN = 1.0
+"""B_crit over the run's noise scale: 0.12-0.5 for image classifiers (McCandlish et al. 2018, table 1), 0.56-4 elsewhere (theory page)."""
 CALIBRATION_LOG_SD = math.log(3)
-GROWTH_WITH_PILOT_MEDIAN = 3.0
+GROWTH_WITH_PILOT_MEDIAN = 4.0
 """The run's noise scale over a short pilot's: pilots over the first 8 % of two runs were 3-5 times too small (theory page)."""
 GROWTH_WITH_PILOT_LOG_SD = math.log(2)
-GROWTH_WITHOUT_PILOT_MEDIAN = 6.0
+GROWTH_WITHOUT_PILOT_MEDIAN = 8.0
 """The run's noise scale over that at initialisation: smaller still than a pilot's, and less known (theory page)."""
 GROWTH_WITHOUT_PILOT_LOG_SD = math.log(3)
 AT_LEAST_LOG_SD = math.log(10)

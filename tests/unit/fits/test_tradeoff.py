@@ -33,7 +33,7 @@ def _tradeoff(goal=Goal.TIME, **changes):
 def test_prior_of_the_critical_size_is_the_stated_one():
     draws = np.log(critical_batch_draws(noise(100.0, factor=1.0001), np.random.default_rng(1), 4096))
 
-    assert np.median(draws) == pytest.approx(math.log(100 * 0.5 * 3), abs=0.08)
+    assert np.median(draws) == pytest.approx(math.log(100 * 1 * 4), abs=0.08)
     assert draws.std() == pytest.approx(math.hypot(math.log(3), math.log(2)), rel=0.03)
 
 
@@ -54,7 +54,7 @@ def test_a_lower_bound_is_drawn_from_above_it():
 
 @pytest.mark.parametrize("critical", [40.0, 160.0, 2500.0])
 def test_affine_optimum_is_picked_within_one_candidate(critical):
-    tradeoff = _tradeoff(noise_scale=noise(critical / 1.5, factor=1.0001))
+    tradeoff = _tradeoff(noise_scale=noise(critical / 4, factor=1.0001))
 
     best = min(tradeoff.points, key=lambda p: p.regret).global_batch_size
     optimum = math.sqrt(critical * 0.02 * 8000)
