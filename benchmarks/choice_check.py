@@ -81,7 +81,8 @@ def main() -> int:
     best = min(row["time"] for row in rows if row["time"])
     predicted_best = min(points[size].relative_time.value for size in arguments.sizes)
     for row in rows:
-        row["trained"] = None if row["time"] is None else row.pop("time") / best
+        time = row.pop("time")
+        row["trained"] = None if time is None else time / best
         row["predicted"] = points[row["batch"]].relative_time.value / predicted_best
     chosen = findings.recommendation.plan.global_batch_size
     regret = next((row["trained"] for row in rows if row["batch"] == chosen), None)
@@ -97,9 +98,8 @@ def main() -> int:
     for row in rows:
         samples = " ".join("never" if value is None else str(value) for value in row["samples"])
         trained = "never" if row["trained"] is None else f"{row['trained']:.2f}"
-        print(
-            f"{row['batch']:5d}{'*' if row['batch'] == chosen else ' '} {row['lr']:.4f}  {samples:28s} {trained:>20s} {row['predicted']:10.2f}"
-        )
+        mark = "*" if row["batch"] == chosen else " "
+        print(f"{row['batch']:5d}{mark} {row['lr']:.4f}  {samples:28s} {trained:>20s} {row['predicted']:10.2f}")
     print(f"* the choice; {findings.environment.device_name}, {versions}, n = {arguments.seeds} seeds; run of {findings.measured_at}")
     return 0 if goal["holds"] else 1
 
