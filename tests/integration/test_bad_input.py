@@ -142,8 +142,9 @@ def test_dataset_smaller_than_the_batch_caps_the_answer(here: Run, project: Path
     assert ended.code in HONEST
     findings = json.loads(ended.out)
     assert findings["recommendation"]["plan"]["global_batch_size"] <= size
-    assert findings["memory"]["ceiling"] == size
-    assert findings["memory"]["largest_allowed_source"] == "dataset"
+    memory = findings["memory"]
+    assert memory["ceiling"] == size or (memory["ceiling"] < size and memory["stopped_by"] == "budget")  # on a busy machine
+    assert (memory["largest_allowed"], memory["largest_allowed_source"]) == (size, "dataset")
     if size <= 3:
         assert findings["noise_scale"]["value"] is None
 
