@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from rightbatch.records.measurements import MemoryLimit, MemoryPoint
+from rightbatch.records.measurements import MemoryLimit, MemoryPoint, Outcome
 from rightbatch.records.record import Record
 
 
@@ -42,8 +42,69 @@ class Estimate(Record):
 class MemoryShare(Record):
     """Bytes of one kind of memory at the peak of the largest size that ran."""
 
-    name: Literal["parameters", "gradients", "optimizer state", "buffers", "inputs", "activations and temporaries"]
+    name: str
+    """A kind of allocation, such as ``activations``; ``activations and temporaries`` where the trace does not tell them apart."""
     size_bytes: NonNegativeInt
+
+
+class MemoryHolder(Record):
+    """A module whose allocations are live at the peak of the largest size that ran."""
+
+    module: str
+    operation: str
+    """Its operation that holds most."""
+    size_bytes: NonNegativeInt
+
+
+class MemoryAlternative(Record):
+    """What one change to the workload would do to the ceiling, by tracing again."""
+
+    change: Literal["bf16", "checkpointing", "sgd", "sgd with momentum", "adam"]
+    peak_bytes: NonNegativeInt
+    """Calibrated use at the largest size that ran."""
+    predicted_ceiling: PositiveInt | None
+    """Largest size that the calibrated trace lets fit; none when not even one sample would."""
+
+
+class Certificate(Record):
+    """The proof that the ceiling is one: what happened one sample above it."""
+
+    micro_batch_size: PositiveInt
+    outcome: Outcome
+    holds: bool
+    """Whether that size failed, so that the ceiling is exact."""
+
+
+class GpuCeiling(Record):
+    """The ceiling predicted for a GPU that is not here, from a trace and a replay of its caching allocator."""
+
+    gpu: str
+    total_bytes: PositiveInt
+    """What the driver reports for the device."""
+    available_bytes: PositiveInt
+    """The total without the context and what the libraries hold outside the allocator."""
+    smooth_ceiling: PositiveInt | None
+    """Largest size at which the allocator never has to free its cache and retry; none when one sample does not fit."""
+    hard_ceiling: PositiveInt | None
+    """Largest size that fits at all; between the two, steps are slowed by retries."""
+    low: PositiveInt | None
+    """Lower end of the range in which the smooth ceiling is expected."""
+    high: PositiveInt | None
+    peak_reserved_bytes: NonNegativeInt
+    """What the allocator reserves at the smooth ceiling."""
+
+
+class MemoryForecast(Record):
+    """Ceilings on devices that are not here."""
+
+    recorded_on: Literal["cpu", "meta", "none"]
+    consistent: bool
+    ceilings: tuple[GpuCeiling, ...]
+    bytes_at_one: NonNegativeInt
+    peak_module: str
+    peak_operation: str
+    remarks: tuple[str, ...] = ()
+    """What the forecast rests on, and what it cannot know."""
 
 
 class MemoryCurve(Record):
@@ -77,6 +138,17 @@ class MemoryCurve(Record):
     recorded_on: Literal["device", "cpu", "meta", "none"]
     allocator: str
     remarks: tuple[str, ...] = ()
+    holders: tuple[MemoryHolder, ...] = ()
+    """Modules that hold most at the peak of the largest size that ran, largest first."""
+    accumulation_ceiling: PositiveInt | None = None
+    """Largest micro-batch that fits while gradients are accumulated: at most the ceiling; none when it was not traced."""
+    evaluation_ceiling: PositiveInt | None = None
+    """Largest batch predicted to fit without gradients; none when it was not traced."""
+    smooth_ceiling: PositiveInt | None = None
+    """Largest size predicted not to make a CUDA caching allocator free its cache and retry; none on other devices."""
+    alternatives: tuple[MemoryAlternative, ...] = ()
+    certificate: Certificate | None = None
+    """None when no proof was asked for."""
 
 
 class ThroughputPoint(Record):

@@ -33,6 +33,46 @@ class LiveMoment(Record):
     """The operation whose allocation made the moment, such as ``aten.convolution``."""
 
 
+class AllocationKind(StrEnum):
+    """What an allocation is for, by who holds it."""
+
+    PARAMETER = "parameters"
+    GRADIENT = "gradients"
+    OPTIMIZER_STATE = "optimizer state"
+    BUFFER = "buffers"
+    INPUT = "inputs"
+    AVERAGE = "weight averages"
+    """Copies that a moving average of the weights keeps."""
+    ACTIVATION = "activations"
+    """Made in the forward pass and kept for the backward pass."""
+    TEMPORARY = "temporaries"
+    """Everything else: freed before the pass that made it ends, or made in the backward pass or the update."""
+
+
+class AllocationTable(Record):
+    """Every allocation of the recorded steps in the order of birth: one column an attribute, all of the same length.
+
+    bytes of allocation i at micro-batch size b = fixed_bytes[i] + per_sample_bytes[i] * b + per_sample_squared_bytes[i] * b**2,
+    rounded up to a multiple of ``rounding_bytes[i]``.
+    """
+
+    fixed_bytes: tuple[int, ...]
+    per_sample_bytes: tuple[int, ...]
+    per_sample_squared_bytes: tuple[int, ...]
+    rounding_bytes: tuple[PositiveInt, ...]
+    """1 but for the few kernels that round their workspace up."""
+    death: tuple[int, ...]
+    """Number of allocations that had been made when it was freed; -1 when it outlives the steps."""
+    kind: tuple[AllocationKind, ...]
+    module: tuple[NonNegativeInt, ...]
+    """Index into ``modules``."""
+    operation: tuple[NonNegativeInt, ...]
+    """Index into ``operations``."""
+    modules: tuple[str, ...]
+    """Qualified names of the modules; the empty name is outside any module."""
+    operations: tuple[str, ...]
+
+
 class MemoryTrace(Record):
     """Allocations of two optimizer steps, recorded at small sizes and reduced to the moments that can be the peak."""
 
@@ -48,11 +88,21 @@ class MemoryTrace(Record):
     """Whether the recordings agree on one polynomial for every allocation."""
     remark: str = ""
     """Why the trace is missing or inconsistent; empty when there is nothing to say."""
+    allocations: AllocationTable | None = None
+    """Every allocation, for replaying an allocator and for saying what holds the memory; none in records of version 0.1."""
     parameter_bytes: NonNegativeInt = 0
     gradient_bytes: NonNegativeInt = 0
     optimizer_state_bytes: NonNegativeInt = 0
     buffer_bytes: NonNegativeInt = 0
     input_bytes_per_sample: NonNegativeInt = 0
+
+
+class AlternativeTrace(Record):
+    """The trace of the same workload with one thing changed."""
+
+    change: Literal["bf16", "checkpointing", "sgd", "sgd with momentum", "adam"]
+    """``checkpointing`` recomputes the activations of every block in the backward pass."""
+    trace: MemoryTrace
 
 
 class MemoryLimit(Record):
@@ -95,6 +145,15 @@ class MemoryMeasurements(Record):
     """Why no larger size was tried."""
     allocator: str
     """How memory was allocated and measured, such as ``cpu, glibc malloc (default arenas), peak resident set``."""
+    accumulation_trace: MemoryTrace | None = None
+    """A step of two micro-batches: gradients are held during the second one. More micro-batches need no more."""
+    evaluation_trace: MemoryTrace | None = None
+    """A forward pass without gradients, in evaluation mode."""
+    alternatives: tuple[AlternativeTrace, ...] = ()
+    world_size: PositiveInt = 1
+    """Processes that agreed on every size; each holds its gradient buckets."""
+    bucket_bytes: NonNegativeInt = 0
+    """Bytes of the gradient buckets that DistributedDataParallel keeps on each process, held during every attempt."""
 
 
 class Contention(Record):
