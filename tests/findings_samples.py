@@ -6,10 +6,13 @@ accumulating pays until 512. Its step times follow t(b) = (t0**p + (b / tau)**p)
 
 from rightbatch.records.environment import Environment
 from rightbatch.records.estimates import (
+    Certificate,
     Estimate,
     LoaderCurve,
     LoaderThroughput,
+    MemoryAlternative,
     MemoryCurve,
+    MemoryHolder,
     MemoryShare,
     NoiseScale,
     NoiseSnapshot,
@@ -308,7 +311,27 @@ def _without_plan(status: str) -> Recommendation:
 def memory_only() -> Findings:
     """Only the memory was asked for."""
     missing = {"step_time": None, "loader": None, "noise_scale": None, "tradeoff": None, "reused_parts": ()}
-    return good().model_copy(update={"recommendation": _without_plan("inconclusive"), **missing, "duration_s": 9.0})
+    everything_known = {
+        "predicted_ceiling": 1640,
+        "certificate": Certificate(micro_batch_size=1641, outcome=Outcome.OVER_LIMIT, holds=True),
+        "accumulation_ceiling": 1604,
+        "evaluation_ceiling": 6180,
+        "smooth_ceiling": 1590,
+        "holders": (
+            MemoryHolder(module="features.0", operation="aten.convolution", size_bytes=610 * MIB),
+            MemoryHolder(module="features.3", operation="aten.native_batch_norm", size_bytes=305 * MIB),
+            MemoryHolder(module="", operation="held", size_bytes=38 * MIB),
+        ),
+        "alternatives": (
+            MemoryAlternative(change="bf16", peak_bytes=1150 * MIB, predicted_ceiling=3010),
+            MemoryAlternative(change="checkpointing", peak_bytes=820 * MIB, predicted_ceiling=4720),
+            MemoryAlternative(change="adam", peak_bytes=2179 * MIB, predicted_ceiling=None),
+        ),
+    }
+    curve = memory().model_copy(update=everything_known)
+    return good().model_copy(
+        update={"recommendation": _without_plan("inconclusive"), **missing, "memory": curve, "duration_s": 9.0},
+    )
 
 
 def inconclusive() -> Findings:

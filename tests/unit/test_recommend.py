@@ -242,6 +242,15 @@ def test_advice_names_what_to_mind(changes, words):
     assert not any(words in sentence for sentence in _recommend().advice)
 
 
+def test_advice_names_an_evaluation_batch_that_would_not_fit():
+    curve = memory(1024)
+
+    small, large = (_recommend(memory=curve.model_copy(update={"evaluation_ceiling": size})) for size in (8, 8192))
+
+    assert any("Evaluation is predicted to fit no more than 8 samples" in sentence for sentence in small.advice)
+    assert not any("Evaluation" in sentence for sentence in large.advice)
+
+
 def test_judge_recovers_a_planted_answer():
     findings = _judge(_measurements())
 

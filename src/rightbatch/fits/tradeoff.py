@@ -171,7 +171,7 @@ def draw_costs(
     if memory is not None and memory.ceiling is not None:
         ceiling = memory.ceiling
         timed = [point for point in timed if point.micro_batch_size <= ceiling]
-    chosen = candidates(timed, workload, constraints)
+    chosen = candidates(timed, workload, constraints, accumulation_ceiling=None if memory is None else memory.accumulation_ceiling)
     if not chosen:
         return None
     times_s = np.column_stack([_step_time_draws(point, rng) for point in timed])
@@ -200,10 +200,13 @@ def draw_costs(
     )
 
 
-def candidates(timed: list[ThroughputPoint], workload: WorkloadSummary, constraints: Constraints) -> tuple[Candidate, ...]:
+def candidates(
+    timed: list[ThroughputPoint], workload: WorkloadSummary, constraints: Constraints, *, accumulation_ceiling: int | None = None
+) -> tuple[Candidate, ...]:
     """Global batches worth comparing, ascending, within the dataset and ``constraints``.
 
-    On several ranks none was timed with its communication, so all are ``extrapolated``.
+    On several ranks none was timed with its communication, so all are ``extrapolated``. Gradients are held while the later micro-batches
+    run, so a micro-batch above ``accumulation_ceiling`` samples fits alone but not in an accumulation.
     """
     ranks = constraints.world_size
     cap = min(workload.train_size, constraints.max_global_batch_size or workload.train_size)
@@ -215,7 +218,10 @@ def candidates(timed: list[ThroughputPoint], workload: WorkloadSummary, constrai
     if not found or workload.couples_samples:
         return tuple(found)
     largest_timed = max(point.micro_batch_size for point in timed) * ranks
-    best = max((p for p in timed if p.micro_batch_size * ranks <= cap), key=lambda p: p.samples_per_s.value or 0.0).micro_batch_size
+    splits = [p for p in timed if p.micro_batch_size * ranks <= cap and p.micro_batch_size <= (accumulation_ceiling or p.micro_batch_size)]
+    if not splits:
+        return tuple(found)
+    best = max(splits, key=lambda p: p.samples_per_s.value or 0.0).micro_batch_size
     largest = min(workload.train_size // LARGEST_SHARE_OF_DATASET, cap)
     steps = 2
     while steps * best * ranks <= largest:

@@ -32,6 +32,7 @@ def advise(context: Context) -> tuple[str, ...]:
         sentences += [
             _loader_limit(context, context.plan),
             _lone_sample(context.workload, context.plan),
+            _evaluation(context.memory, context.plan),
             _few_steps(context.workload, context.plan),
             _ranks(context.plan),
         ]
@@ -112,6 +113,15 @@ def _lone_sample(workload: WorkloadSummary, plan: BatchPlan) -> str:
     return (
         f"{workload.train_size} samples leave a last micro-batch of one, on which batch normalisation fails or misleads: "
         "use drop_last=True or another size."
+    )
+
+
+def _evaluation(memory: MemoryCurve | None, plan: BatchPlan) -> str:
+    if memory is None or memory.evaluation_ceiling is None or memory.evaluation_ceiling >= plan.micro_batch_size:
+        return ""
+    return (
+        f"Evaluation is predicted to fit no more than {memory.evaluation_ceiling} samples at once, fewer than a micro-batch: "
+        "give the validation loader a batch size of its own."
     )
 
 

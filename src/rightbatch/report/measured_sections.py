@@ -9,6 +9,15 @@ from rightbatch.units import format_bytes, format_duration_s
 
 OUTCOMES = {Outcome.RAN: "ran", Outcome.OUT_OF_MEMORY: "out of memory", Outcome.KILLED: "killed", Outcome.OVER_LIMIT: "over the limit"}
 """Words for how an attempt ended."""
+CHANGES = {
+    "bf16": "bfloat16 autocast",
+    "checkpointing": "activation checkpointing",
+    "sgd": "plain SGD",
+    "sgd with momentum": "SGD with momentum",
+    "adam": "Adam",
+}
+"""Words for the changes that are traced again."""
+_SHOWN_HOLDERS = 5
 
 
 def memory(findings: Findings) -> Section | None:
@@ -20,9 +29,11 @@ def memory(findings: Findings) -> Section | None:
     if curve.peak_module or curve.peak_operation:
         place = " in ".join(plain(word) for word in (curve.peak_operation, curve.peak_module) if word)
         sentences.append(f"Memory peaks at {place}.")
+    sentences.extend(_other_ceilings(curve))
     sentences.extend(plain(remark) for remark in curve.remarks)
     shares = tuple((share.name, format_bytes(share.size_bytes)) for share in curve.shares if share.size_bytes)
     tables = [Table(caption="At the peak", header=("kind of memory", "size"), rows=shares)] if shares else []
+    tables.extend(_holders_and_alternatives(curve))
     if curve.points:
         header = ("micro-batch", "measured", "how it ended")
         tables.append(
@@ -31,6 +42,44 @@ def memory(findings: Findings) -> Section | None:
             )
         )
     return Section(key="memory", title="Memory", sentences=tuple(sentences), tables=tuple(tables))
+
+
+def _other_ceilings(curve: MemoryCurve) -> list[str]:
+    """Say what was proved, and how many samples fit in the other ways of running the model."""
+    sentences = []
+    proof = curve.certificate
+    if proof is not None and proof.holds:
+        sentences.append(f"Proved: one sample more, {proof.micro_batch_size}, does not fit ({OUTCOMES[proof.outcome]}).")
+    elif proof is not None:
+        sentences.append(f"Not proved: {proof.micro_batch_size} samples ran within the limit too, so the ceiling is only a lower bound.")
+    if curve.smooth_ceiling is not None and curve.ceiling is not None and curve.smooth_ceiling < curve.ceiling:
+        sentences.append(f"Above {curve.smooth_ceiling} the allocator is predicted to free its cache and retry, which slows every step.")
+    if curve.accumulation_ceiling is not None and curve.accumulation_ceiling != curve.ceiling:
+        sentences.append(f"While gradients are accumulated, micro-batches of up to {curve.accumulation_ceiling} are predicted to fit.")
+    if curve.evaluation_ceiling is not None:
+        sentences.append(f"Without gradients, evaluation batches of up to {curve.evaluation_ceiling} are predicted to fit.")
+    return sentences
+
+
+def _holders_and_alternatives(curve: MemoryCurve) -> list[Table]:
+    tables = []
+    if curve.holders:
+        rows = tuple(
+            (plain(holder.module) or "(outside any module)", plain(holder.operation), format_bytes(holder.size_bytes))
+            for holder in curve.holders[:_SHOWN_HOLDERS]
+        )
+        tables.append(Table(caption="What holds most at the peak", header=("module", "operation", "size"), rows=rows))
+    if curve.alternatives:
+        rows = tuple(
+            (CHANGES[other.change], format_bytes(other.peak_bytes), _predicted(other.predicted_ceiling)) for other in curve.alternatives
+        )
+        header = ("change", f"memory at {curve.ceiling or 1}", "predicted ceiling")
+        tables.append(Table(caption="What a change would do, by tracing again", header=header, rows=rows))
+    return tables
+
+
+def _predicted(ceiling: int | None) -> str:
+    return "nothing fits" if ceiling is None else str(ceiling)
 
 
 def _memory_row(point: MemoryPoint) -> tuple[str, str, str]:

@@ -65,7 +65,11 @@ def _body(section: Section, verdict: Verdict) -> list[RenderableType]:
     parts.extend(_item(item) for item in section.items)
     if section.key == "sizes" and verdict.sizes:
         parts.append(_size_table(verdict.sizes))
-    parts.extend(_table(table) for table in section.tables if not table.behind_chart)
+    shown = [table for table in section.tables if not table.behind_chart]
+    for table in shown:
+        if len(shown) > 1:
+            parts.append(Padding(Text(table.caption, style="italic"), (1, 0, 0, 2)))
+        parts.append(_table(table))
     return parts
 
 

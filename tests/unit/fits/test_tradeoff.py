@@ -93,6 +93,17 @@ def test_constraints_bound_the_candidates():
     assert _tradeoff(constraints=Constraints(max_global_batch_size=3)).status is Status.INDETERMINATE
 
 
+def test_an_accumulated_micro_batch_fits_beside_the_gradients_that_it_adds_to():
+    curve = memory(1024).model_copy(update={"accumulation_ceiling": 64})
+
+    points = _tradeoff(memory=curve).points
+
+    assert {p.micro_batch_size for p in points if p.accumulation_steps > 1} == {64}
+    assert max(p.micro_batch_size for p in points if p.accumulation_steps == 1) > 64
+    none_fits = memory(1024).model_copy(update={"accumulation_ceiling": 1})
+    assert all(p.accumulation_steps == 1 for p in _tradeoff(memory=none_fits).points)
+
+
 def test_ranks_multiply_and_are_extrapolated():
     points = _tradeoff(constraints=Constraints(world_size=4)).points
 
