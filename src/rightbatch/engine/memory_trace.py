@@ -1,23 +1,26 @@
-"""Allocations of a training step at a few small sizes, matched into live bytes at any size.
+"""Every storage's birth and death, logged while the user's own training steps run.
 
-Every storage's birth and death is logged while the user's own step runs. The size of each allocation is a polynomial of the micro-batch
-size b (nearly always affine), so the sum of the live ones is one too, at each moment; their maximum over the moments is the peak. It is
-convex and only piecewise affine, which is why a straight line through small sizes misses it.
+The size of each allocation is a polynomial of the micro-batch size b (nearly always affine), so the sum of the live ones is one too, at
+each moment; their maximum over the moments is the peak. It is convex and only piecewise affine, which is why a straight line through
+small sizes misses it: see ``allocation_laws``.
 """
 
+import contextlib
+import gc
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.module_tracker import ModuleTracker
 
-from rightbatch.records.measurements import LiveMoment
+from rightbatch.engine.module_names import ModuleNames
+from rightbatch.records.measurements import AllocationKind
 from rightbatch.workload.ingredients import tensors_of
 
-_NEVER = 2**62
+NEVER = 2**62
+"""The death of a storage that outlives the steps."""
 
 
 @dataclass(slots=True)
@@ -29,12 +32,16 @@ class Allocation:
         module: Qualified name of the module that ran; empty outside any module.
         operation: Name of the operation that made it.
         death: Number of allocations that had been made when it was freed; ``2**62`` when it was not.
+        kind: What it is for.
+        in_backward: Whether the backward pass made it.
     """
 
     size_bytes: int
     module: str
     operation: str
-    death: int = _NEVER
+    death: int = NEVER
+    kind: AllocationKind = AllocationKind.TEMPORARY
+    in_backward: bool = False
 
 
 @dataclass(slots=True)
@@ -48,11 +55,11 @@ class AllocationLog:
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Logs every storage that an operation returns for the first time."""
 
-    def __init__(self, log: AllocationLog, modules: ModuleTracker) -> None:
+    def __init__(self, log: AllocationLog, modules: ModuleNames) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._log = log
         self._modules = modules
-        self._known: set[int] = set()
+        self._known: dict[int, Allocation] = {}
         self._open = True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
@@ -61,7 +68,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.note(tensor, str(func.overloadpacket))
         return result
 
-    def note(self, tensor: Tensor, operation: str) -> None:
+    def note(self, tensor: Tensor, operation: str, kind: AllocationKind = AllocationKind.TEMPORARY) -> None:
         """Log the tensor's storage unless it is known."""
         if tensor.layout is not torch.strided:
             return
@@ -69,135 +76,79 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key = storage._cdata  # noqa: SLF001  # the storage's identity; the Python object is only a handle
         if key in self._known:
             return
-        self._known.add(key)
-        name = max(self._modules.parents - {"Global"}, key=len, default="")
-        allocation = Allocation(storage.nbytes(), name.partition(".")[2], operation)
+        in_backward = torch._C._current_graph_task_id() >= 0  # noqa: SLF001  # set while the autograd engine runs on this thread
+        allocation = Allocation(storage.nbytes(), self._modules.current, operation, kind=kind, in_backward=in_backward)
+        self._known[key] = allocation
         self._log.allocations.append(allocation)
         weakref.finalize(storage, self._bury, allocation, key).atexit = False
 
     def _bury(self, allocation: Allocation, key: int) -> None:
-        self._known.discard(key)
+        self._known.pop(key, None)
         if self._open:
             allocation.death = len(self._log.allocations)
+
+    def mark(self, kind: AllocationKind, tensors: Sequence[Tensor]) -> None:
+        """Say what some tensors are for; those whose storage was not logged are passed over."""
+        for tensor in tensors:
+            allocation = self._known.get(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else None  # noqa: SLF001
+            if allocation is not None:
+                allocation.kind = kind
 
     def close(self) -> None:
         """Stop dating deaths: what lives now outlives the steps."""
         self._open = False
 
 
-def record(batch_size: int, held: Sequence[Tensor], run: Callable[[], None]) -> AllocationLog:
+Mark = Callable[[AllocationKind, Sequence[Tensor]], None]
+"""Tells the recorder what tensors that live now are for."""
+
+
+def record(
+    batch_size: int, model: nn.Module, held: Mapping[AllocationKind, Sequence[Tensor]], run: Callable[[Mark], None]
+) -> AllocationLog:
     """Log the allocations of ``run``.
 
     Args:
         batch_size: Micro-batch size of the run, in samples.
+        model: The model that runs; names the modules.
         held: Tensors that exist before the run and count as live: parameters, buffers, the batch.
-        run: Takes the training steps.
+        run: Takes the training steps, and marks gradients and optimizer state while they live.
 
     Returns:
         The log; the held tensors come first.
     """
     log = AllocationLog(batch_size)
-    with ModuleTracker() as modules:
+    with ModuleNames(model) as modules, _no_garbage_collection():
         recorder = _Recorder(log, modules)
-        for tensor in held:
-            recorder.note(tensor, "held")
+        for kind, tensors in held.items():
+            for tensor in tensors:
+                recorder.note(tensor, "held", kind)
         with recorder:
-            run()
+            run(recorder.mark)
         recorder.close()
+    _name_activations(log)
     return log
 
 
-class UnmatchedLogsError(Exception):
-    """The logs of different sizes do not describe the same allocations."""
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Let reference counts alone free storages: a collection in the middle of a step would date deaths by chance."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
-def match(logs: Sequence[AllocationLog]) -> tuple[LiveMoment, ...]:
-    """Join logs of three or four sizes into the moments that can be the peak.
-
-    The first two sizes give each allocation's affine law and the third checks it. Where one is not affine, the third gives a
-    quadratic law and the fourth checks that. A storage lives as long as it did in any of the logs: order within a step may differ.
-
-    Args:
-        logs: One log a size, in ascending order of size.
-
-    Returns:
-        Undominated moments: their maximum at b is the peak at b, for every b >= 1.
-
-    Raises:
-        UnmatchedLogsError: The logs differ in their operations, or an allocation follows no polynomial that the last log confirms.
-    """
-    columns = [log.allocations for log in logs]
-    lengths = {len(column) for column in columns}
-    if len(lengths) != 1:
-        raise UnmatchedLogsError(f"the number of allocations changes with the size ({', '.join(str(len(column)) for column in columns)})")
-    sizes = [log.batch_size for log in logs]
-    laws = []
-    for index, row in enumerate(zip(*columns, strict=True)):
-        if len({allocation.operation for allocation in row}) != 1:
-            raise UnmatchedLogsError(f"operation {index} is {row[0].operation} at one size and {row[-1].operation} at another")
-        laws.append(_polynomial(sizes, [allocation.size_bytes for allocation in row], row[0]))
-    deaths = [max(column[index].death for column in columns) for index in range(len(laws))]
-    return _undominated(_moments(laws, deaths, columns[0]))
-
-
-Polynomial = tuple[int, int, int]
-
-
-def _polynomial(sizes: Sequence[int], values: Sequence[int], allocation: Allocation) -> Polynomial:
-    """Return (fixed, per sample, per sample squared) through all points, by divided differences in integers."""
-    (b0, b1), (v0, v1) = sizes[:2], values[:2]
-    slope, remainder = divmod(v1 - v0, b1 - b0)
-    affine = (v0 - slope * b0, slope, 0)
-    if not remainder and all(_value(affine, b) == v for b, v in zip(sizes, values, strict=True)):
-        return affine
-    b2, v2 = sizes[2], values[2]
-    numerator = (v2 - v0) * (b1 - b0) - (v1 - v0) * (b2 - b0)
-    curvature, remainder = divmod(numerator, (b1 - b0) * (b2 - b0) * (b2 - b1))
-    slope = (v1 - v0) // (b1 - b0) - curvature * (b0 + b1)
-    quadratic = (v0 - slope * b0 - curvature * b0 * b0, slope, curvature)
-    if remainder or len(sizes) < 4 or any(_value(quadratic, b) != v for b, v in zip(sizes, values, strict=True)):
-        pairs = ", ".join(f"{v} bytes at {b}" for b, v in zip(sizes, values, strict=True))
-        raise UnmatchedLogsError(f"{allocation.operation} in {allocation.module or 'the step'} follows no polynomial of the size ({pairs})")
-    return quadratic
-
-
-def _value(law: Polynomial, batch_size: int) -> int:
-    return law[0] + law[1] * batch_size + law[2] * batch_size * batch_size
-
-
-def _moments(laws: Sequence[Polynomial], deaths: Sequence[int], allocations: Sequence[Allocation]) -> list[LiveMoment]:
-    """Return the sum of the live laws just after each allocation."""
-    dying: dict[int, list[Polynomial]] = {}
-    live = [0, 0, 0]
-    moments = []
-    for index, (law, death, allocation) in enumerate(zip(laws, deaths, allocations, strict=True)):
-        for dead in dying.pop(index, ()):
-            live = [total - part for total, part in zip(live, dead, strict=True)]
-        live = [total + part for total, part in zip(live, law, strict=True)]
-        if death < _NEVER:
-            dying.setdefault(death, []).append(law)
-        moments.append(
-            LiveMoment(
-                fixed_bytes=live[0],
-                per_sample_bytes=live[1],
-                per_sample_squared_bytes=live[2],
-                module=allocation.module,
-                operation=allocation.operation,
-            )
-        )
-    return moments
-
-
-def _undominated(moments: list[LiveMoment]) -> tuple[LiveMoment, ...]:
-    """Drop every moment that another one matches or exceeds in all three coefficients, hence at every size."""
-    kept: list[LiveMoment] = []
-    order = sorted(moments, key=lambda m: (m.per_sample_squared_bytes, m.per_sample_bytes, m.fixed_bytes), reverse=True)
-    for moment in order:
-        if not any(
-            other.fixed_bytes >= moment.fixed_bytes
-            and other.per_sample_bytes >= moment.per_sample_bytes
-            and other.per_sample_squared_bytes >= moment.per_sample_squared_bytes
-            for other in kept
-        ):
-            kept.append(moment)
-    return tuple(kept)
+def _name_activations(log: AllocationLog) -> None:
+    """Tell activations, which the forward pass makes and a backward pass still finds, from temporaries."""
+    next_backward = NEVER
+    for index in range(len(log.allocations) - 1, -1, -1):
+        allocation = log.allocations[index]
+        if allocation.in_backward:
+            next_backward = index
+        elif allocation.kind is AllocationKind.TEMPORARY and allocation.death > next_backward:
+            allocation.kind = AllocationKind.ACTIVATION

@@ -15,7 +15,7 @@ from rightbatch.engine.meters import Meters, meters_for
 from rightbatch.engine.step import Trainee, loss_sum
 from rightbatch.errors import UsageError, WorkloadError
 from rightbatch.records.measurements import WorkloadSummary
-from rightbatch.workload.ingredients import Batch, Precision, Workload, map_tensors, tensors_of
+from rightbatch.workload.ingredients import Batch, Precision, Workload, map_tensors
 
 _POOL_SIZE = 256
 _DESCRIBED_SAMPLES = 4
@@ -53,9 +53,7 @@ class Rig:
         """Build a fresh model and optimizer on the device; the same seed gives the same weights each time."""
         workload, loss_is_sum = self.workload, self.loss_is_sum
         seed_everything(self.seed)
-        model = copy.deepcopy(workload.model) if isinstance(workload.model, nn.Module) else workload.model()
-        if not isinstance(model, nn.Module):
-            raise WorkloadError(f"the function given as model must return a torch.nn.Module; it returned {type(model).__name__}.")
+        model = self.new_model()
         if workload.precision == "fp64":
             model = model.double()
         model = model.to(self.device)
@@ -69,9 +67,23 @@ class Rig:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise WorkloadError(f"optimizer must build a torch.optim.Optimizer; it returned {type(optimizer).__name__}.")
         scaler = GradScaler(self.device.type) if workload.precision == "fp16" else None
+        average = None if workload.average is None else workload.average(model)
+        if average is not None and not callable(getattr(average, "update_parameters", None)):
+            raise WorkloadError(
+                f"average must build a module with update_parameters(model), as torch.optim.swa_utils.AveragedModel; "
+                f"it returned {type(average).__name__}."
+            )
         if workload.compile and compiled:
             model.compile()
-        return Trainee(model=model, optimizer=optimizer, scaler=scaler, workload=workload, loss_is_sum=loss_is_sum)
+        return Trainee(model=model, optimizer=optimizer, scaler=scaler, workload=workload, loss_is_sum=loss_is_sum, average=average)
+
+    def new_model(self) -> nn.Module:
+        """Build the model as the workload gives it, on the host."""
+        given = self.workload.model
+        model = copy.deepcopy(given) if isinstance(given, nn.Module) else given()
+        if not isinstance(model, nn.Module):
+            raise WorkloadError(f"the function given as model must return a torch.nn.Module; it returned {type(model).__name__}.")
+        return model
 
     @property
     def loss_is_sum(self) -> bool:
@@ -189,11 +201,6 @@ class Rig:
         if not isinstance(loss, torch.Tensor):
             raise WorkloadError(f"loss must return a tensor; got {type(loss).__name__}.")
         return loss
-
-
-def held_tensors(trainee: Trainee, batch: Batch) -> list[torch.Tensor]:
-    """Return the tensors that live as long as training does: parameters, buffers and the batch."""
-    return [*trainee.model.parameters(), *trainee.model.buffers(), *tensors_of(batch)]
 
 
 def seed_everything(seed: int) -> None:

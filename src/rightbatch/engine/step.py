@@ -28,6 +28,7 @@ class Trainee:
         scaler: Scales losses when the precision is ``fp16``; none otherwise.
         workload: Where the loss, the precision and the clipping come from.
         loss_is_sum: Whether the workload's loss is the sum over the batch rather than its mean.
+        average: Moving average of the model's weights; none when the workload keeps none.
     """
 
     model: nn.Module
@@ -35,6 +36,7 @@ class Trainee:
     scaler: GradScaler | None
     workload: Workload
     loss_is_sum: bool = False
+    average: nn.Module | None = None
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
@@ -133,7 +135,7 @@ def backward_mean(trainee: Trainee, micro_batches: Sequence[Batch]) -> StepResul
 
 
 def apply_update(trainee: Trainee) -> None:
-    """Unscale, clip and apply the gradients that are in ``.grad``, once."""
+    """Unscale, clip and apply the gradients that are in ``.grad``, once; then update the moving average of the weights, if there is one."""
     scaler, optimizer, clip_norm = trainee.scaler, trainee.optimizer, trainee.workload.clip_norm
     if clip_norm is not None:
         if scaler is not None:
@@ -144,6 +146,8 @@ def apply_update(trainee: Trainee) -> None:
     else:
         scaler.step(optimizer)
         scaler.update()
+    if trainee.average is not None:
+        trainee.average.update_parameters(trainee.model)  # type: ignore[operator]  # checked when it was built
 
 
 def clear_gradients(trainee: Trainee) -> None:

@@ -1,14 +1,35 @@
 """What a training step holds: its trace at small sizes, and its measured peak at a given size."""
 
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
-from rightbatch.engine.memory_trace import AllocationLog, UnmatchedLogsError, match, record
-from rightbatch.engine.rig import Rig, held_tensors
-from rightbatch.engine.step import train_step
-from rightbatch.records.measurements import MemoryLimit, MemoryPoint, MemoryTrace, Outcome
-from rightbatch.workload.ingredients import tensors_of
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rightbatch.engine.allocation_laws import UnmatchedLogsError, join, moments, needs_a_large_size, needs_another_size
+from rightbatch.engine.memory_trace import AllocationLog, Mark, record
+from rightbatch.engine.rig import Rig
+from rightbatch.engine.step import Trainee, loss_sum, train_step
+from rightbatch.records.measurements import (
+    AllocationKind,
+    AllocationTable,
+    AlternativeTrace,
+    LiveMoment,
+    MemoryLimit,
+    MemoryPoint,
+    MemoryTrace,
+    Outcome,
+)
+from rightbatch.workload.ingredients import Batch, Workload, tensors_of
 
 _TRACED_SIZES = (2, 3, 5, 7)
+_LEAST_RECORDINGS = 3
+_LARGE_TRACED_SIZE = 64
+Change = Literal["bf16", "checkpointing", "sgd", "sgd with momentum", "adam"]
 
 
 def limit(rig: Rig, requested_bytes: int | None) -> tuple[MemoryLimit, str]:
@@ -17,31 +38,138 @@ def limit(rig: Rig, requested_bytes: int | None) -> tuple[MemoryLimit, str]:
     return rig.meters.memory.limit(requested_bytes), rig.meters.memory.description
 
 
-def trace(rig: Rig) -> MemoryTrace:
-    """Record two optimizer steps at sizes 2, 3, 5 and 7 on the target device, and join the recordings.
+def trace(rig: Rig, *, accumulation_steps: int = 1) -> MemoryTrace:
+    """Record two optimizer steps at sizes 2, 3 and 5, and 7 where a law needs it, on the rig's device, and join the recordings.
 
     Two steps, because the first has no optimizer state yet. A compiled model is traced as it runs without compilation.
+
+    Args:
+        rig: The workload on its device.
+        accumulation_steps: Micro-batches a step; more than two need no more memory than two.
     """
     rig.say("recording the allocations of a step")
+    return _trace(rig, lambda trainee, batch, mark: _two_steps(trainee, [batch] * accumulation_steps, mark))
+
+
+def record_step(rig: Rig, size: int) -> AllocationLog:
+    """Log the allocations of two optimizer steps at one size."""
+    return _record(rig, size, _Shares(), lambda trainee, batch, mark: _two_steps(trainee, [batch], mark))
+
+
+def _two_steps(trainee: Trainee, micro_batches: Sequence[Batch], mark: Mark) -> None:
+    for _ in range(2):
+        train_step(trainee, micro_batches)
+        mark(AllocationKind.GRADIENT, [p.grad for p in trainee.model.parameters() if p.grad is not None])
+        mark(AllocationKind.OPTIMIZER_STATE, tensors_of(list(trainee.optimizer.state.values())))
+
+
+def evaluation_trace(rig: Rig) -> MemoryTrace:
+    """Record a forward pass in evaluation mode without gradients, with the loss, as a validation loop runs it."""
+    rig.say("recording the allocations of an evaluation")
+
+    def forward(trainee: Trainee, batch: Batch, _mark: Mark) -> None:
+        trainee.model.eval()
+        with torch.no_grad():
+            loss_sum(trainee, batch)
+
+    return _trace(rig, forward)
+
+
+def alternatives(rig: Rig) -> tuple[AlternativeTrace, ...]:
+    """Trace the workload again with one thing changed at a time; a change that does not run, or changes nothing, is left out."""
+    current = rig.new_trainee(compiled=False).optimizer
+    has_momentum = bool(current.defaults.get("momentum"))
+    changes: dict[Change, Workload] = {}
+    if rig.workload.precision == "fp32":
+        changes["bf16"] = replace(rig.workload, precision="bf16")
+    changes["checkpointing"] = replace(rig.workload, model=lambda: _checkpointed(rig.new_model()))
+    if type(current) is not torch.optim.SGD or has_momentum:
+        changes["sgd"] = replace(rig.workload, optimizer=lambda params: torch.optim.SGD(params, lr=1e-3))
+    if type(current) is not torch.optim.SGD or not has_momentum:
+        changes["sgd with momentum"] = replace(rig.workload, optimizer=lambda params: torch.optim.SGD(params, lr=1e-3, momentum=0.9))
+    if not isinstance(current, torch.optim.Adam | torch.optim.AdamW):
+        changes["adam"] = replace(rig.workload, optimizer=torch.optim.Adam)
+    traced = []
+    for change, workload in changes.items():
+        rig.say(f"recording the allocations of a step with {change}")
+        with contextlib.suppress(Exception):  # the user never asked for this change: that it fails is no news
+            found = trace(replace(rig, workload=workload, _loss_is_sum=rig.loss_is_sum))
+            if found.moments:
+                traced.append(AlternativeTrace(change=change, trace=found))
+    return tuple(traced)
+
+
+def _checkpointed(model: nn.Module) -> nn.Module:
+    """Let every block recompute its activations in the backward pass.
+
+    Blocks are the composite children of containers, else of the model; a single chain of layers is cut into about as many segments as each
+    has layers.
+    """
+    chains = [module for module in model.modules() if isinstance(module, nn.Sequential)]
+    containers = [*chains, *(module for module in model.modules() if isinstance(module, nn.ModuleList)), model]
+    blocks = {child for container in containers for child in container.children() if _is_block(child)}
+    outermost = [block for block in blocks if not any(block is not other and block in set(other.modules()) for other in blocks)]
+    for block in outermost:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    if not outermost and chains:
+        chain = max(chains, key=len)
+        chain.forward = functools.partial(_run_in_segments, tuple(chain))  # type: ignore[method-assign]
+    return model
+
+
+def _is_block(module: nn.Module) -> bool:
+    return any(True for _ in module.children()) and not isinstance(module, nn.ModuleList)
+
+
+def _run_in_segments(layers: tuple[nn.Module, ...], hidden: Tensor) -> Tensor:
+    length = max(1, round(len(layers) ** 0.5))
+    for start in range(0, len(layers), length):
+        segment = functools.partial(_run_layers, layers[start : start + length])
+        hidden = segment(hidden) if start + length >= len(layers) else checkpoint(segment, hidden, use_reentrant=False)
+    return hidden
+
+
+def _run_layers(layers: tuple[nn.Module, ...], hidden: Tensor) -> Tensor:
+    for layer in layers:
+        hidden = layer(hidden)
+    return hidden
+
+
+def _trace(rig: Rig, run: Callable[[Trainee, Batch, Mark], None]) -> MemoryTrace:
     shares = _Shares()
+    logs: list[AllocationLog] = []
+    table: AllocationTable | None = None
+    found: tuple[LiveMoment, ...] = ()
+    remark = ""
     try:
-        logs = [_record(rig, size, shares) for size in _TRACED_SIZES]
-        moments, remark = match(logs), ""
+        for size in _TRACED_SIZES:
+            logs.append(_record(rig, size, shares, run))
+            if len(logs) >= _LEAST_RECORDINGS and not needs_another_size(logs):
+                break
+        if len(logs) == len(_TRACED_SIZES) and needs_a_large_size(logs):
+            logs.append(_record(rig, _LARGE_TRACED_SIZE, shares, run))
+        table, remark = join(logs)
+        found = moments(table)
     except UnmatchedLogsError as error:
-        moments, remark = (), f"The trace was given up: {error}; the ceiling is searched for by measuring alone."
+        remark = f"The trace was given up: {error}; the ceiling is searched for by measuring alone."
     return MemoryTrace(
-        batch_sizes=_TRACED_SIZES,
-        recorded_on="device" if moments else "none",
+        batch_sizes=tuple(log.batch_size for log in logs),
+        recorded_on=_recorded_on(rig) if found else "none",
         event_count=shares.event_count,
-        moments=moments,
-        consistent=bool(moments),
+        moments=found,
+        consistent=bool(found) and not remark,
         remark=remark,
+        allocations=table,
         parameter_bytes=shares.parameter_bytes,
         gradient_bytes=shares.gradient_bytes,
         optimizer_state_bytes=shares.optimizer_state_bytes,
         buffer_bytes=shares.buffer_bytes,
         input_bytes_per_sample=shares.input_bytes_per_sample,
     )
+
+
+def _recorded_on(rig: Rig) -> Literal["device", "meta"]:
+    return "meta" if rig.device.type == "meta" else "device"
 
 
 def no_trace(remark: str) -> MemoryTrace:
@@ -60,20 +188,22 @@ class _Shares:
     input_bytes_per_sample = 0
 
 
-def _record(rig: Rig, size: int, shares: _Shares) -> AllocationLog:
+def _record(rig: Rig, size: int, shares: _Shares, run: Callable[[Trainee, Batch, Mark], None]) -> AllocationLog:
     trainee = rig.new_trainee(compiled=False)
     batch = rig.typical_batch(size)
-
-    def two_steps() -> None:
-        train_step(trainee, [batch])
-        train_step(trainee, [batch])
-
-    log = record(size, held_tensors(trainee, batch), two_steps)
+    held: dict[AllocationKind, Sequence[Tensor]] = {
+        AllocationKind.PARAMETER: list(trainee.model.parameters()),
+        AllocationKind.BUFFER: list(trainee.model.buffers()),
+        AllocationKind.INPUT: tensors_of(batch),
+    }
+    if trainee.average is not None:
+        held[AllocationKind.AVERAGE] = [*trainee.average.parameters(), *trainee.average.buffers()]
+    log = record(size, trainee.model, held, lambda mark: run(trainee, batch, mark))
     shares.event_count = len(log.allocations)
-    shares.parameter_bytes = _total_bytes(list(trainee.model.parameters()))
+    shares.parameter_bytes = _total_bytes(held[AllocationKind.PARAMETER])
     shares.gradient_bytes = _total_bytes([parameter.grad for parameter in trainee.parameters])
     shares.optimizer_state_bytes = _total_bytes(list(trainee.optimizer.state.values()))
-    shares.buffer_bytes = _total_bytes(list(trainee.model.buffers()))
+    shares.buffer_bytes = _total_bytes(held[AllocationKind.BUFFER])
     shares.input_bytes_per_sample = _total_bytes(batch) // size
     return log
 
@@ -82,7 +212,9 @@ def _total_bytes(nested: object) -> int:
     return sum(tensor.nbytes for tensor in tensors_of(nested))
 
 
-def attempt(rig: Rig, size: int, purpose: Literal["touch", "approach", "proof"], *, traced_bytes: int, limit_bytes: int) -> MemoryPoint:
+def attempt(
+    rig: Rig, size: int, purpose: Literal["touch", "approach", "proof"], *, traced_bytes: int, limit_bytes: int, ballast_bytes: int = 0
+) -> MemoryPoint:
     """Take two optimizer steps at one size and measure their peak.
 
     Args:
@@ -91,9 +223,11 @@ def attempt(rig: Rig, size: int, purpose: Literal["touch", "approach", "proof"],
         purpose: Why it is tried.
         traced_bytes: What the trace predicts, to be kept beside the measurement.
         limit_bytes: More than this is over the limit even if it ran.
+        ballast_bytes: Held on the device beside the step, as the gradient buckets of data-parallel training are.
     """
     rig.say(f"running two steps of {size} samples")
     rig.meters.memory.start()
+    ballast = torch.zeros(ballast_bytes, dtype=torch.uint8, device=rig.device)
     trainee = rig.new_trainee()
     batch = rig.typical_batch(size)
     train_step(trainee, [batch])
@@ -101,6 +235,7 @@ def attempt(rig: Rig, size: int, purpose: Literal["touch", "approach", "proof"],
     train_step(trainee, [batch])
     step_time_s = rig.meters.clock.now_s() - start_s
     used_bytes = rig.meters.memory.peak_bytes()
+    del ballast
     return MemoryPoint(
         micro_batch_size=size,
         purpose=purpose,

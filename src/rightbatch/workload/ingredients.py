@@ -53,6 +53,8 @@ class Workload:
         channels_last: Whether model and 4-dimensional inputs use the channels-last memory format.
         compile: Whether the model is compiled with ``torch.compile``.
         clip_norm: Largest norm of the gradient; ``None`` does not clip.
+        average: Builds a moving average of the model's weights from the model, such as ``torch.optim.swa_utils.AveragedModel``; its
+            ``update_parameters(model)`` is called after every optimizer step.
         couples_samples: Whether a batch's loss is more than the mean of its samples' losses, as contrastive losses are.
         name: Name shown in reports; the default is the class of the model.
 
@@ -74,6 +76,7 @@ class Workload:
     channels_last: bool = False
     compile: bool = False
     clip_norm: float | None = None
+    average: Callable[[nn.Module], nn.Module] | None = None
     couples_samples: bool = False
     name: str | None = None
 
@@ -84,7 +87,7 @@ class Workload:
         _check_dataset("train", self.train)
         if self.valid is not None:
             _check_dataset("valid", self.valid)
-        for field in ("optimizer", "collate_fn", "metric"):
+        for field in ("optimizer", "collate_fn", "metric", "average"):
             value = getattr(self, field)
             if value is not None and not callable(value):
                 raise WorkloadError(f"{field} must be callable; got {_kind(value)}; see help(rightbatch.Workload).")
