@@ -93,6 +93,9 @@ def find(
 ) -> FoundPlan:
     """Measure a workload and return the batch plan to train it with.
 
+    Under ``torchrun`` every rank calls this with the same arguments and returns the same plan, for as many ranks as there are; each
+    takes the GPU of its ``LOCAL_RANK``. See ``docs/decisions/010-ranks.md``.
+
     Args:
         workload: What is trained.
         goal: What to have least of: ``time``, ``samples`` or ``energy`` to a target; or ``accuracy``, near the least time.
@@ -105,7 +108,7 @@ def find(
         seed: Seed of everything random.
         threads: Threads torch computes with; ``None`` leaves its default.
         isolation: ``child`` measures in a process of its own; ``in-process`` here, and puts everything back.
-        out: Run folder to keep everything in; ``None`` keeps nothing.
+        out: Run folder to keep everything in; ``None`` keeps nothing. Of several ranks the first writes it.
 
     Returns:
         The plan, with its findings.
@@ -115,6 +118,7 @@ def find(
         InconclusiveError: What was measured names no plan.
         UserCodeError: The model, dataset or loss raised.
         UsageError: An argument is not of the form above.
+        RankError: Another rank failed; the message names it and its reason.
     """
     request = Request(
         objective=Objective(goal=Goal(goal)),
@@ -133,7 +137,7 @@ def find(
     )
     found = find_run(_Given(workload), request, SilentProgress())
     plan = FoundPlan.of(found.findings)
-    if found.findings.recommendation.status != "ok":
+    if found.findings.recommendation.status != "ok" and found.rank == 0:
         message = f"the recommendation is {found.findings.recommendation.status}; print(plan) says why and what to do."
         warnings.warn(message, RightbatchWarning, stacklevel=2)
     return plan

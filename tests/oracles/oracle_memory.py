@@ -1,6 +1,6 @@
 """A device whose memory use follows a planted law, and the naive search for its ceiling."""
 
-from rightbatch.fits.memory import next_attempt, touch_sizes
+from rightbatch.fits.memory_search import next_attempt, touch_sizes
 from rightbatch.records.measurements import LiveMoment, MemoryPoint, MemoryTrace, Outcome
 
 

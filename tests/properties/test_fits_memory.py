@@ -2,7 +2,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from oracles.oracle_memory import attempt, ceiling_by_counting, ceiling_of, peak_of, search, trace_of
-from rightbatch.fits.memory import MAX_ATTEMPTS, calibrate, next_attempt, touch_sizes, traced_peak_bytes
+from rightbatch.fits.memory import calibrate, traced_peak_bytes
+from rightbatch.fits.memory_search import MAX_ATTEMPTS, next_attempt, touch_sizes
 from rightbatch.records.measurements import Outcome
 from rightbatch.units import MIB
 

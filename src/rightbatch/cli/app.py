@@ -16,7 +16,16 @@ from cyclopts.exceptions import UnknownCommandError, UnknownOptionError, UnusedC
 from rightbatch._version import __version__
 from rightbatch.cli.config import file_layer
 from rightbatch.cli.measure import PARTS, measure
-from rightbatch.cli.options import FindOptions, MeasureOptions, OutputOptions, ReportOptions, RunPath, ShowOptions, WorkloadSpec
+from rightbatch.cli.options import (
+    FindOptions,
+    MeasureOptions,
+    MemoryOptions,
+    OutputOptions,
+    ReportOptions,
+    RunPath,
+    ShowOptions,
+    WorkloadSpec,
+)
 from rightbatch.cli.output import answer_error, say
 from rightbatch.errors import InterruptedRunError, RightbatchError, UserCodeError
 
@@ -49,18 +58,24 @@ class Commands:
         output: OutputOptions = OutputOptions(),  # noqa: B008
     ) -> int:
         """Recommend a batch size, how to split it, and its learning rate."""
-        return self._measure("find", workload, measuring, output, wanted)
+        return self._measure("find", workload, measuring, output, wanted=wanted)
 
     def memory(
         self,
         workload: WorkloadSpec,
         /,
         *,
+        wanted: MemoryOptions = MemoryOptions(),  # noqa: B008
         measuring: MeasureOptions = MeasureOptions(),  # noqa: B008
         output: OutputOptions = OutputOptions(),  # noqa: B008
     ) -> int:
-        """Find the largest micro-batch that fits, and what the memory goes to."""
-        return self._measure("memory", workload, measuring, output, FindOptions())
+        """Find the largest micro-batch that fits, here or on GPUs that are not here, and what the memory goes to."""
+        if wanted.gpu is None:
+            return self._measure("memory", workload, measuring, output, memory=wanted)
+        from rightbatch.cli.forecast import forecast
+        from rightbatch.workload.source import WorkloadSource
+
+        return forecast(WorkloadSource(workload, self._workload_arguments), wanted.gpu, wanted, measuring, output)
 
     def speed(
         self,
@@ -71,7 +86,7 @@ class Commands:
         output: OutputOptions = OutputOptions(),  # noqa: B008
     ) -> int:
         """Measure step times and the data loader by batch size."""
-        return self._measure("speed", workload, measuring, output, FindOptions())
+        return self._measure("speed", workload, measuring, output)
 
     def noise(
         self,
@@ -82,7 +97,7 @@ class Commands:
         output: OutputOptions = OutputOptions(),  # noqa: B008
     ) -> int:
         """Measure the gradient noise scale."""
-        return self._measure("noise", workload, measuring, output, FindOptions())
+        return self._measure("noise", workload, measuring, output)
 
     def show(
         self,
@@ -114,10 +129,20 @@ class Commands:
 
         return doctor(output)
 
-    def _measure(self, command: str, workload: str, measuring: MeasureOptions, output: OutputOptions, wanted: FindOptions) -> int:
+    def _measure(
+        self,
+        command: str,
+        workload: str,
+        measuring: MeasureOptions,
+        output: OutputOptions,
+        *,
+        wanted: FindOptions = FindOptions(),  # noqa: B008
+        memory: MemoryOptions = MemoryOptions(),  # noqa: B008
+    ) -> int:
         from rightbatch.workload.source import WorkloadSource
 
-        return measure(command, WorkloadSource(workload, self._workload_arguments), measuring, output, wanted, repeat=self._repeat)
+        source = WorkloadSource(workload, self._workload_arguments)
+        return measure(command, source, measuring, output, wanted, memory=memory, repeat=self._repeat)
 
 
 def build_app(commands: Commands) -> App:

@@ -1,20 +1,23 @@
 """The commands that measure: find, memory, speed and noise."""
 
+import json
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rightbatch.cli.options import FindOptions, MeasureOptions, OutputOptions
+from rightbatch.cli.options import FindOptions, MeasureOptions, MemoryOptions, OutputOptions
 from rightbatch.cli.output import answer, answer_findings, say, stdout_reserved
 from rightbatch.cli.progress import show_progress
-from rightbatch.errors import RunFolderError
+from rightbatch.errors import RunFolderError, UsageError
+from rightbatch.units import format_bytes
 
 if TYPE_CHECKING:
+    from rightbatch.records.estimates import MemoryCurve
     from rightbatch.records.plan import Findings
     from rightbatch.tuner.request import Request
     from rightbatch.workload.source import WorkloadSource
 
-ANSWERED, NOTHING_FITS, INCONCLUSIVE = 0, 4, 5
+ANSWERED, CHECK_FAILED, NOTHING_FITS, INCONCLUSIVE = 0, 1, 4, 5
 
 PARTS = {
     "find": ("memory", "step_time", "loader", "gradient_noise"),
@@ -32,6 +35,7 @@ def measure(
     output: OutputOptions,
     wanted: FindOptions,
     *,
+    memory: MemoryOptions,
     repeat: tuple[str, ...],
 ) -> int:
     """Measure, print the answer, write the report, and return the exit code.
@@ -42,29 +46,42 @@ def measure(
         measuring: How to measure.
         output: How to print.
         wanted: What the answer is for.
+        memory: What to find out about memory, and the size that is expected to fit.
         repeat: The command that repeats this one.
 
     Raises:
         RightbatchError: Whatever the tuner could not do.
     """
     source.check()
-    if source.wants_help():
-        with stdout_reserved():
-            text = source.help_text()
-        answer(text)
+    if answered_help(source):
         return ANSWERED
-    request = build_request(command, measuring, wanted)
+    check_expectation(memory.expect, measuring.max_batch)
+    request = build_request(command, measuring, wanted, memory)
     from rightbatch.tuner.find import find
 
     with stdout_reserved(), show_progress(quiet=output.quiet) as progress:
         found = find(source, request, progress, command=repeat)
-    answer_findings(found.findings, as_json=output.json)
+    code = exit_code(command, found.findings)
+    if memory.expect is None:
+        answer_findings(found.findings, as_json=output.json)
+    else:
+        code = _answer_expectation(found.findings, memory.expect, code, as_json=output.json)
     if found.folder is not None:
         _keep_report(found.findings, found.folder, quiet=output.quiet)
-    return exit_code(command, found.findings)
+    return code
 
 
-def build_request(command: str, measuring: MeasureOptions, wanted: FindOptions) -> "Request":
+def answered_help(source: "WorkloadSource") -> bool:
+    """Print the help of the workload's own function if that is what its arguments ask for."""
+    if not source.wants_help():
+        return False
+    with stdout_reserved():
+        text = source.help_text()
+    answer(text)
+    return True
+
+
+def build_request(command: str, measuring: MeasureOptions, wanted: FindOptions, memory: MemoryOptions) -> "Request":
     """Turn the options into the tuner's request."""
     from rightbatch.records.plan import Constraints, Goal, Objective
     from rightbatch.tuner.request import Part, Request
@@ -83,7 +100,51 @@ def build_request(command: str, measuring: MeasureOptions, wanted: FindOptions) 
         isolation=measuring.isolation,
         out=measuring.out,
         fresh=measuring.fresh,
+        certify=memory.certify,
+        malloc=memory.malloc,
     )
+
+
+def check_expectation(expected: int | None, max_batch: int | None) -> None:
+    """Refuse to look for a size that the search is told to stay below.
+
+    Raises:
+        UsageError: ``--expect`` is larger than ``--max-batch``.
+    """
+    if expected is not None and max_batch is not None and expected > max_batch:
+        raise UsageError(f"--expect must not exceed --max-batch, above which no size is tried; got {expected} and {max_batch}; raise it.")
+
+
+def judge_expectation(memory: "MemoryCurve | None", expected: int) -> tuple[int, str]:
+    """Return the exit code for the size that is expected to fit, and the sentence that says why.
+
+    0 when a size as large ran, 5 when the search was stopped before it was settled, 1 when memory or the dataset does not allow it.
+    """
+    ceiling = memory.ceiling if memory is not None else None
+    if memory is None or ceiling is None:
+        return CHECK_FAILED, f"{expected} samples were expected to fit: no size ran."
+    if expected <= ceiling:
+        return ANSWERED, f"{expected} samples fit: {ceiling} ran within the limit."
+    if memory.stopped_by == "budget":
+        return INCONCLUSIVE, f"{expected} samples were not tried: the time budget ended the search at {ceiling}; give a larger --budget."
+    if memory.stopped_by == "cap":
+        cap = "the dataset holds no more" if memory.largest_allowed_source == "dataset" else "--max-batch allows no more"
+        return CHECK_FAILED, f"{expected} samples were expected to fit: {cap} than {memory.largest_allowed}."
+    limit = format_bytes(memory.limit.limit_bytes)
+    return CHECK_FAILED, f"{expected} samples were expected to fit: the largest size that ran within {limit} is {ceiling}."
+
+
+def _answer_expectation(findings: "Findings", expected: int, code: int, *, as_json: bool) -> int:
+    """Write the findings with the judgement of the expected size; return the exit code."""
+    judged, sentence = judge_expectation(findings.memory, expected)
+    if as_json:
+        document = findings.model_dump(mode="json") | {"expected": expected, "holds": judged == ANSWERED}
+        answer(json.dumps(document, indent=2))
+        say(f"rightbatch: {sentence}")
+    else:
+        answer_findings(findings, as_json=False)
+        answer(f"\n{sentence}")
+    return code or judged
 
 
 def exit_code(command: str, findings: "Findings") -> int:

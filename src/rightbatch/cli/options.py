@@ -20,6 +20,14 @@ def _one_word(parse: Callable[[str], float]) -> Callable[[type, Sequence[Token]]
     return convert
 
 
+def _gpu_list(_: type, tokens: Sequence[Token]) -> tuple[str, ...]:
+    """Split ``t4,a100-40gb`` at its commas; names are looked up later, where the table of GPUs is at hand."""
+    names = tuple(name.strip() for name in tokens[0].value.split(","))
+    if not all(names):
+        raise ValueError(f"names of GPUs separated by single commas are needed; got {tokens[0].value!r}; write them like t4,a100-40gb.")
+    return names
+
+
 Size = Annotated[int, Parameter(converter=_one_word(parse_bytes), n_tokens=1, metavar="SIZE")]
 Duration = Annotated[float, Parameter(converter=_one_word(parse_duration_s), n_tokens=1, metavar="TIME")]
 Positive = Annotated[int, Parameter(validator=Number(gte=1))]
@@ -28,6 +36,7 @@ WorkloadSpec = Annotated[
     str, Parameter(help="FILE.py:FUNCTION or package.module:FUNCTION; the function returns a rightbatch.Workload.", show_env_var=False)
 ]
 RunPath = Annotated[Path, Parameter(help="A run folder.", show_env_var=False)]
+GpuList = Annotated[tuple[str, ...], Parameter(converter=_gpu_list, n_tokens=1, metavar="LIST", negative=())]
 Flag = Annotated[bool, Parameter(negative=(), show_default=False)]
 
 
@@ -82,6 +91,21 @@ class FindOptions:
     """Largest global batch size to recommend, in samples."""
     world_size: Positive = 1
     """Processes that will train together (data parallel)."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class MemoryOptions:
+    """What to find out about memory."""
+
+    gpu: Annotated[GpuList | None, Parameter(show_default=False)] = None
+    """GPUs that need not be here, such as t4,a100-40gb,h100, or sizes such as 24GiB: forecast the ceiling on each, without measuring."""
+    expect: Positive | None = None
+    """Fail with exit code 1 unless a micro-batch of this size fits: here, or with --gpu on every GPU named."""
+    certify: Flag = False
+    """Prove the ceiling: also try one sample more, which must fail."""
+    malloc: Literal["default", "tight"] = "default"
+    """How glibc allocates while measuring on the CPU: as training will, or giving freed memory back at once."""
 
 
 @Parameter(name="*")

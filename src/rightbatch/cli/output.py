@@ -27,7 +27,9 @@ def say(text: str) -> None:
 
 
 def answer(text: str) -> None:
-    """Write the answer to stdout; a reader that has gone away (``| head``) is no error."""
+    """Write the answer to stdout; a reader that has gone away (``| head``) is no error. Of several ranks only the first answers."""
+    if _is_another_rank():
+        return
     try:
         sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
         sys.stdout.flush()
@@ -46,6 +48,14 @@ def answer_findings(findings: "Findings", *, as_json: bool) -> None:
     width = min(_WIDEST, shutil.get_terminal_size().columns) if terminal else _WIDTH_WITHOUT_TERMINAL
     colour = terminal and not os.environ.get("NO_COLOR")
     answer(render_text(findings, width=width, colour=colour, now=datetime.now(UTC)))
+
+
+def _is_another_rank() -> bool:
+    if "RANK" not in os.environ:  # which saves the import where nothing was launched together
+        return False
+    from rightbatch.engine.ranks import is_lead
+
+    return not is_lead()
 
 
 def answer_error(kind: str, message: str, exit_code: int) -> None:

@@ -11,6 +11,9 @@ Law = tuple[Polynomial, int]
 """A polynomial, and the multiple that its value is rounded up to."""
 
 _PAGE_BYTES = 4096
+_PAGED_OPERATION = "aten.mkldnn_rnn_layer"
+_MOST_PARTS = 9
+"""Parts of a recurrent layer's workspace that oneDNN starts on a page of their own, at most (``set_offsets`` in its ``rnn_utils``)."""
 
 
 class UnmatchedLogsError(Exception):
@@ -29,8 +32,10 @@ def needs_another_size(logs: Sequence[AllocationLog]) -> bool:
 def needs_a_large_size(logs: Sequence[AllocationLog]) -> bool:
     """Return whether an allocation follows no polynomial of four sizes, but may be a workspace in pages, bounded best at a large size."""
     sizes = [log.batch_size for log in logs]
-    rows = ([allocation.size_bytes for allocation in row] for row in zip(*(log.allocations for log in logs), strict=False))
-    return any(_affine(sizes, row) is None and _quadratic(sizes, row) is None and _page_bound(sizes, row) is not None for row in rows)
+    rows = (
+        [allocation.size_bytes for allocation in row] for row in zip(*(log.allocations for log in logs), strict=False) if _is_paged(row)
+    )
+    return any(_affine(sizes, row) is None and _quadratic(sizes, row) is None for row in rows)
 
 
 def join(logs: Sequence[AllocationLog]) -> tuple[AllocationTable, str]:
@@ -106,9 +111,8 @@ def _law(sizes: Sequence[int], values: Sequence[int], allocation: Allocation) ->
     quadratic = _quadratic(sizes, values)
     if quadratic is not None:
         return (quadratic, 1), True
-    bound = _page_bound(sizes, values)
-    if bound is not None:
-        return bound, False
+    if _is_paged([allocation]) and not any(value % _PAGE_BYTES for value in values):
+        return _page_bound(sizes, values), False
     pairs = ", ".join(f"{v} bytes at {b}" for b, v in zip(sizes, values, strict=True))
     raise UnmatchedLogsError(f"{allocation.operation} in {allocation.module or 'the step'} follows no polynomial of the size ({pairs})")
 
@@ -131,17 +135,19 @@ def _quadratic(sizes: Sequence[int], values: Sequence[int]) -> Polynomial | None
     return None if remainder or not _holds(law, sizes, values) else law
 
 
-def _page_bound(sizes: Sequence[int], values: Sequence[int]) -> Law | None:
-    """Return an affine law that no recorded value exceeds, for a workspace made of parts that are each rounded up to pages.
+def _is_paged(allocations: Sequence[Allocation]) -> bool:
+    return all(allocation.operation == _PAGED_OPERATION for allocation in allocations)
 
-    A part of s_i b bytes takes between s_i b and s_i b + a page, so value(b) / b is at least sum s_i at every b: the least of the recorded
-    ratios is a slope that is not exceeded, and the fixed part covers every recorded size.
+
+def _page_bound(sizes: Sequence[int], values: Sequence[int]) -> Law:
+    """Return an upper bound at every size for a workspace made of parts that are each rounded up to pages of P bytes.
+
+    Parts of s_i b bytes, S = sum s_i, take S b <= value(b) <= S b + k (P - 1). The least of value(b) / b is no less than S, and each of
+    the k parts takes a page at least. The s_i themselves do not follow from a few sums of rounded parts.
     """
-    if len(sizes) < 4 or any(value % _PAGE_BYTES for value in values) or list(values) != sorted(values):
-        return None
     slope = min(-(-value // size) for size, value in zip(sizes, values, strict=True))
-    fixed = max(value - slope * size for size, value in zip(sizes, values, strict=True))
-    return (fixed, slope, 0), _PAGE_BYTES
+    parts = max(1, min(_MOST_PARTS, min(values) // _PAGE_BYTES))
+    return ((parts - 1) * (_PAGE_BYTES - 1), slope, 0), _PAGE_BYTES
 
 
 def _holds(law: Polynomial, sizes: Sequence[int], values: Sequence[int]) -> bool:

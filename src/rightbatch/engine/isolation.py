@@ -15,7 +15,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, runtime_checkable
@@ -102,13 +102,15 @@ class ChildHost:
     Args:
         build: Builds the rig, in the child; sent with cloudpickle, so lambdas and notebook classes work.
         say: Receives progress.
+        environment: Variables set for the child beside this process's own.
 
     Raises:
         IsolationError: The child cannot be started, or the workload cannot be sent to it.
     """
 
-    def __init__(self, build: Callable[[], Rig], say: Callable[[str], None]) -> None:
+    def __init__(self, build: Callable[[], Rig], say: Callable[[str], None], *, environment: Mapping[str, str] | None = None) -> None:
         self._say = say
+        self._environment = dict(environment or {})
         self._process: subprocess.Popen[bytes] | None = None
         try:
             self._build = cloudpickle.dumps(build)
@@ -128,6 +130,7 @@ class ChildHost:
                 stdin=subprocess.DEVNULL,
                 stdout=2,
                 start_new_session=True,
+                env={**os.environ, **self._environment},
             )
         except OSError as error:
             ours.close()

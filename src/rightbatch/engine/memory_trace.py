@@ -134,7 +134,6 @@ def record(
 def _no_garbage_collection() -> Iterator[None]:
     """Let reference counts alone free storages: a collection in the middle of a step would date deaths by chance."""
     was_enabled = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield

@@ -1,11 +1,13 @@
 """Clocks and memory meters: the only place that synchronises a device and reads its counters."""
 
+import contextlib
 import ctypes
 import gc
+import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -19,6 +21,7 @@ from rightbatch.records.measurements import Contention, MemoryLimit
 
 _PEAK_RESET = "5"
 _BUSY_CORES = 0.5
+_MALLOC_VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX", "LD_PRELOAD")
 
 
 @runtime_checkable
@@ -118,7 +121,9 @@ class CpuMemoryMeter:
     @property
     def description(self) -> str:
         """What is measured, and in which allocator mode."""
-        allocator = "glibc malloc, default arenas, trimmed before each probe" if self._trim else "system malloc"
+        settings = [f"{name}={os.environ[name]}" for name in _MALLOC_VARIABLES if name in os.environ]
+        mode = ", ".join(settings) or "default settings"
+        allocator = f"glibc malloc, {mode}, trimmed before each probe" if self._trim else "system malloc"
         return f"cpu, {allocator}; peak resident set {'of each probe' if self._resettable else 'of the whole process'}"
 
     def start(self) -> None:
@@ -193,6 +198,21 @@ class CudaMemoryMeter:
         if requested_bytes is not None and requested_bytes <= free - headroom:
             return MemoryLimit(limit_bytes=requested_bytes, source="--limit")
         return MemoryLimit(limit_bytes=free - headroom, source="device", headroom_bytes=headroom)
+
+
+@contextlib.contextmanager
+def capped(device: torch.device, limit_bytes: int) -> Iterator[None]:
+    """Let the caching allocator of a CUDA device reserve no more than so many bytes on top of what it has; elsewhere change nothing."""
+    if device.type != "cuda":
+        yield
+        return
+    total_bytes = torch.cuda.get_device_properties(device).total_memory
+    allowed = (torch.cuda.memory_reserved(device) + limit_bytes) / total_bytes
+    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 def measure_contention(gpu: torch.device | None = None, *, window_s: float = 0.3) -> Contention:

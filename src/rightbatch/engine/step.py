@@ -119,19 +119,20 @@ def backward_mean(trainee: Trainee, micro_batches: Sequence[Batch]) -> StepResul
     """
     reference_count = 0
     total = 0
-    losses: list[Tensor] = []
+    total_loss = torch.zeros((), device=trainee.device)
     for batch in micro_batches:
         loss, count = loss_sum(trainee, batch)
         reference_count = reference_count or count
         scaled = loss / reference_count
         (trainee.scaler.scale(scaled) if trainee.scaler is not None else scaled).backward()  # type: ignore[no-untyped-call]
-        losses.append(loss.detach())
+        total_loss = total_loss + loss.detach()
         total += count
+        del loss, scaled  # else they would be held during the next micro-batch
     if total != reference_count:
         for parameter in trainee.parameters:
             if parameter.grad is not None:
                 parameter.grad.mul_(reference_count / total)
-    return StepResult(mean_loss=torch.stack(losses).sum() / total, samples=total)
+    return StepResult(mean_loss=total_loss / total, samples=total)
 
 
 def apply_update(trainee: Trainee) -> None:

@@ -5,26 +5,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rightbatch.records.estimates import MemoryCurve, MemoryShare, Status
-from rightbatch.records.measurements import LiveMoment, MemoryMeasurements, MemoryPoint, MemoryTrace, Outcome
-from rightbatch.units import MIB, format_bytes, format_percent
+from rightbatch.fits.caching_allocator import smooth_ceiling
+from rightbatch.records.estimates import Certificate, MemoryAlternative, MemoryCurve, MemoryHolder, MemoryShare, Status
+from rightbatch.records.measurements import (
+    AllocationKind,
+    AllocationTable,
+    LiveMoment,
+    MemoryMeasurements,
+    MemoryPoint,
+    MemoryTrace,
+    Outcome,
+)
+from rightbatch.units import format_bytes, format_percent
 
 LARGEST_SIZE = 2**40
 """No ceiling is searched for above this size."""
-MAX_ATTEMPTS = 6
-"""Sizes that are tried in all, touches included."""
-LARGEST_GROWTH = 8
-"""No attempt is larger than this many times the largest size that ran."""
 SANE_SCALES = (0.5, 4.0)
 """A calibration outside this range is noise: the trace counts the same tensors that the device holds."""
-_FIRST_TOUCH_BYTES = 64 * MIB
-_SECOND_TOUCH_BYTES = 256 * MIB
-_ERROR_OF_ONE_POINT = 0.1
-_LARGEST_MARGIN = 0.25
-_SMALLEST_NOISY_MARGIN = 0.03
-_MARGIN_PER_ERROR = 1.5
-_DETERMINISTIC_ERROR = 1e-9
 _CURVE_POINTS = 40
+_LARGEST_HOLDERS = 8
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,22 @@ def peak_moment(trace: MemoryTrace, micro_batch_size: int) -> LiveMoment:
     return max(trace.moments, key=lambda moment: _live_bytes(moment, micro_batch_size))
 
 
+def live_at_peak(table: AllocationTable, micro_batch_size: int) -> dict[int, int]:
+    """Return the bytes of each allocation that is live at the peak, by its place in the table."""
+    b = micro_batch_size
+    columns = zip(table.fixed_bytes, table.per_sample_bytes, table.per_sample_squared_bytes, table.rounding_bytes, strict=True)
+    sizes = [-(-(fixed + slope * b + curvature * b * b) // rounding) * rounding for fixed, slope, curvature, rounding in columns]
+    dying: dict[int, list[int]] = {}
+    live, peak, peak_place = 0, -1, 0
+    for index, (size_bytes, death) in enumerate(zip(sizes, table.death, strict=True)):
+        live += size_bytes - sum(sizes[dead] for dead in dying.pop(index, ()))
+        if death >= 0:
+            dying.setdefault(death, []).append(index)
+        if live > peak:
+            peak, peak_place = live, index
+    return {index: sizes[index] for index in range(peak_place + 1) if table.death[index] < 0 or table.death[index] > peak_place}
+
+
 def calibrate(trace: MemoryTrace, points: Sequence[MemoryPoint]) -> Calibration:
     """Fit used = scale * trace(b) + offset to the attempts whose use was measured.
 
@@ -75,7 +90,7 @@ def calibrate(trace: MemoryTrace, points: Sequence[MemoryPoint]) -> Calibration:
     Returns:
         The line; scale 1, offset 0, error 0 without any measured size.
     """
-    measured = [(_regressor(trace, p.micro_batch_size), p.used_bytes) for p in points if p.used_bytes is not None]
+    measured = [(regressor(trace, p.micro_batch_size), p.used_bytes) for p in points if p.used_bytes is not None]
     if not measured:
         return Calibration(1.0, 0.0, 0.0)
     x = np.array([traced for traced, _ in measured], dtype=np.float64)
@@ -93,86 +108,21 @@ def calibrate(trace: MemoryTrace, points: Sequence[MemoryPoint]) -> Calibration:
     return Calibration(scale, offset, error)
 
 
-def touch_sizes(trace: MemoryTrace, limit_bytes: int, largest_allowed: int) -> tuple[int, ...]:
-    """One or two small sizes to run first, large enough to be seen above the granularity of a resident set.
-
-    The sizes add about 64 and 256 MiB to what the step holds at no samples at all, but trace to no more than an eighth and a third
-    of the limit.
-
-    Args:
-        trace: Allocations of a step.
-        limit_bytes: The most that may be used, in bytes.
-        largest_allowed: Cap on the size from elsewhere.
-
-    Returns:
-        Ascending sizes, at least 2 where that is allowed and traced to fit (batch normalisation cannot train on one sample); empty when not
-        even one sample is traced to fit.
-    """
-    if traced_peak_bytes(trace, 1) > limit_bytes:
-        return ()
-    smallest = 2 if largest_allowed >= 2 and traced_peak_bytes(trace, 2) <= limit_bytes else 1
-    if not trace.moments:
-        return tuple(sorted({smallest, min(2 * smallest, largest_allowed)}))
-    fixed = traced_peak_bytes(trace, 0)
-    targets = (
-        min(fixed + _FIRST_TOUCH_BYTES, limit_bytes // 8),
-        min(fixed + max(_SECOND_TOUCH_BYTES, limit_bytes // LARGEST_GROWTH**3), limit_bytes // 3),
-    )
-    sizes = {_largest(lambda b, target=target: traced_peak_bytes(trace, b) <= target, smallest, largest_allowed) for target in targets}  # type: ignore[misc]
-    touched = min(sizes)
-    if len(sizes) == 1 and touched < largest_allowed:  # one point calibrates nothing
-        companion = max(smallest, touched // 2) if touched > smallest else touched + 1
-        sizes |= {companion} if traced_peak_bytes(trace, companion) <= limit_bytes else set()
-    return tuple(sorted(sizes))
+def regressor(trace: MemoryTrace, micro_batch_size: int) -> int:
+    """What use is fitted against: the traced peak in bytes, or the size itself where nothing was traced."""
+    return traced_peak_bytes(trace, micro_batch_size) if trace.moments else micro_batch_size
 
 
-def touch_is_safe(trace: MemoryTrace, limit_bytes: int, points: Sequence[MemoryPoint], size: int) -> bool:
-    """Whether a touch stays within the limit even if the device needs as many times the traced growth as is sane at all."""
-    ran = [p for p in points if p.outcome is Outcome.RAN]
-    if not ran or not trace.moments:
-        return len(ran) == len(points)
-    return len(ran) == len(points) and _pessimistic_use(trace, points[:1], ran[0])(size) <= limit_bytes
-
-
-def next_attempt(
-    trace: MemoryTrace, limit_bytes: int, points: Sequence[MemoryPoint], largest_allowed: int, *, largest_affordable: int | None = None
-) -> int | None:
-    """The next size to run on the way to the ceiling, or none when the largest that ran is the answer.
-
-    Jump to the largest size whose calibrated use and a margin for the calibration's own error stay within the limit, at most
-    ``LARGEST_GROWTH`` times the largest that ran. On a device whose use follows the trace exactly the margin is zero and the ceiling exact.
-    A step up smaller than half the margin is not worth trying.
-    Never go back to a size that failed, or above it: then halve the traced distance to the largest that ran.
-
-    Args:
-        trace: Allocations of a step.
-        limit_bytes: The most that may be used, in bytes.
-        points: Every attempt so far.
-        largest_allowed: Cap on the size from the dataset or the user.
-        largest_affordable: Cap on the size from the time that is left.
-    """
-    cap = min(largest_allowed, largest_affordable if largest_affordable is not None else largest_allowed)
-    failed = min((p.micro_batch_size for p in points if p.outcome is not Outcome.RAN), default=None)
-    if failed is not None:
-        cap = min(cap, failed - 1)
-    if cap < 1 or len(points) >= MAX_ATTEMPTS:
-        return None
-    ran = [p for p in points if p.outcome is Outcome.RAN and (failed is None or p.micro_batch_size < failed)]
-    if not ran:
-        return _first_attempt(trace, limit_bytes, cap, failed)
-    largest = max(ran, key=lambda p: p.micro_batch_size)
-    size = largest.micro_batch_size
-    cap = min(cap, LARGEST_GROWTH * size)
-    if failed is not None:
-        cap = min(cap, _midpoint(trace, size, failed))
-    margin = _margin(trace, points)
-    needed = _pessimistic_use(trace, points, largest)
-    candidate = _largest(lambda b: needed(b) + margin * max(needed(b), 0) <= limit_bytes, size, max(cap, size))
-    if candidate <= size and len(ran) <= 2 and margin > 0:
-        bare = _largest(lambda b: needed(b) <= limit_bytes, size, max(cap, size))
-        candidate = _midpoint(trace, size, bare)
-    resolution = max(0.01, margin / 2) if failed is not None or margin > 0 else 0.0
-    return None if candidate <= (1 + resolution) * size else candidate
+def largest_that(fits: Callable[[int], bool], low: int, high: int) -> int:
+    """Return the largest size in low..high for which ``fits`` holds, when it holds up to some size; ``low`` when it holds nowhere above."""
+    if high <= low or not fits(low):
+        return low
+    if fits(high):
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def fit_memory(measurements: MemoryMeasurements) -> MemoryCurve:
@@ -184,7 +134,7 @@ def fit_memory(measurements: MemoryMeasurements) -> MemoryCurve:
     calibration = calibrate(trace, points)
     ran = [p for p in points if p.outcome is Outcome.RAN]
     ceiling = max((p.micro_batch_size for p in ran), default=None)
-    at_one = max(calibration.used_bytes(_regressor(trace, 1)) if trace.moments or ran else 0, 0)
+    at_one = max(calibration.used_bytes(regressor(trace, 1)) if trace.moments or ran else 0, 0)
     predicted = _predicted_ceiling(measurements, calibration)
     shown = ceiling if ceiling is not None else 1
     measured = any(p.used_bytes is not None for p in points)
@@ -210,6 +160,12 @@ def fit_memory(measurements: MemoryMeasurements) -> MemoryCurve:
         recorded_on=trace.recorded_on,
         allocator=measurements.allocator,
         remarks=_remarks(measurements, calibration, ceiling, predicted),
+        holders=_holders(trace, shown),
+        accumulation_ceiling=_other_ceiling(measurements, measurements.accumulation_trace, calibration, ceiling),
+        evaluation_ceiling=_other_ceiling(measurements, measurements.evaluation_trace, calibration, None),
+        smooth_ceiling=_smooth_ceiling(measurements),
+        alternatives=_alternatives(measurements, calibration, shown),
+        certificate=_certificate(points, ceiling),
     )
 
 
@@ -217,73 +173,9 @@ def _live_bytes(moment: LiveMoment, size: int) -> int:
     return moment.fixed_bytes + moment.per_sample_bytes * size + moment.per_sample_squared_bytes * size**2
 
 
-def _regressor(trace: MemoryTrace, size: int) -> int:
-    return traced_peak_bytes(trace, size) if trace.moments else size
-
-
 def _is_sane(trace: MemoryTrace, scale: float, offset: float) -> bool:
     low, high = SANE_SCALES if trace.moments else (1.0, float("inf"))
-    return low <= scale <= high and scale * _regressor(trace, 1) + offset >= 0
-
-
-def _largest(fits: Callable[[int], bool], low: int, high: int) -> int:
-    """Largest size in low..high for which ``fits`` holds, when it holds up to some size; ``low`` when it holds nowhere above."""
-    if high <= low or not fits(low):
-        return low
-    if fits(high):
-        return high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
-def _midpoint(trace: MemoryTrace, low: int, high: int) -> int:
-    half = (_regressor(trace, low) + _regressor(trace, high)) / 2
-    return _largest(lambda b: _regressor(trace, b) <= half, low, max(high - 1, low))
-
-
-def _first_attempt(trace: MemoryTrace, limit_bytes: int, cap: int, failed: int | None) -> int | None:
-    if failed is not None:
-        return max(1, min(cap, failed // 2))
-    touches = touch_sizes(trace, limit_bytes, cap)
-    return touches[0] if touches else None
-
-
-def _pessimistic_use(trace: MemoryTrace, points: Sequence[MemoryPoint], largest: MemoryPoint) -> Callable[[int], int]:
-    """The larger of the calibrated line and the line of the same slope through the largest size that ran.
-
-    A single measured size tells no slope: then the steepest sane one is assumed, so that the second size is safe whatever the truth.
-    """
-    calibration = calibrate(trace, points)
-    traced = _regressor(trace, largest.micro_batch_size)
-    if trace.moments and sum(p.used_bytes is not None for p in points) == 1:
-        return lambda b: round((largest.used_bytes or 0) + SANE_SCALES[1] * (_regressor(trace, b) - traced))
-    lift = max((largest.used_bytes or 0) - calibration.used_bytes(traced), 0)
-    return lambda b: calibration.used_bytes(_regressor(trace, b)) + lift
-
-
-def _margin(trace: MemoryTrace, points: Sequence[MemoryPoint]) -> float:
-    """Share of the predicted use to leave free: half as much again as the calibration's own error, zero where it is exact.
-
-    The error is how badly the smaller sizes foretold the largest, or the line misses the largest two, whichever is worse.
-    """
-    measured = sorted((p for p in points if p.used_bytes is not None), key=lambda p: p.micro_batch_size)
-    if len(measured) == 1 and trace.moments:
-        return 0.0  # the steepest sane slope is assumed already
-    if len(measured) < 2 or (len(measured) == 2 and not trace.moments):
-        return _ERROR_OF_ONE_POINT
-    calibration, earlier = calibrate(trace, measured), calibrate(trace, measured[:-1])
-    misses = [_miss(earlier, trace, measured[-1]), *(_miss(calibration, trace, p) for p in measured[-2:])]
-    error = max(misses)
-    if error <= _DETERMINISTIC_ERROR:
-        return 0.0
-    return min(max(_MARGIN_PER_ERROR * error, _SMALLEST_NOISY_MARGIN), _LARGEST_MARGIN)
-
-
-def _miss(calibration: Calibration, trace: MemoryTrace, point: MemoryPoint) -> float:
-    used = point.used_bytes or 0
-    return abs(calibration.used_bytes(_regressor(trace, point.micro_batch_size)) - used) / max(used, 1)
+    return low <= scale <= high and scale * regressor(trace, 1) + offset >= 0
 
 
 def _predicted_ceiling(measurements: MemoryMeasurements, calibration: Calibration) -> int | None:
@@ -293,7 +185,7 @@ def _predicted_ceiling(measurements: MemoryMeasurements, calibration: Calibratio
     failed = min((p.micro_batch_size for p in measurements.points if p.outcome is not Outcome.RAN), default=LARGEST_SIZE + 1)
     if failed == 1:
         return None
-    return _largest(lambda b: calibration.used_bytes(traced_peak_bytes(trace, b)) <= limit_bytes, 1, failed - 1)
+    return largest_that(lambda b: calibration.used_bytes(traced_peak_bytes(trace, b)) <= limit_bytes, 1, failed - 1)
 
 
 def _status(measurements: MemoryMeasurements, ceiling: int | None, at_one: int) -> Status:
@@ -305,12 +197,17 @@ def _status(measurements: MemoryMeasurements, ceiling: int | None, at_one: int) 
 
 def _curve(trace: MemoryTrace, calibration: Calibration, largest: int) -> tuple[tuple[int, int], ...]:
     sizes = np.unique(np.round(np.geomspace(1, max(2, largest), _CURVE_POINTS)).astype(np.int64))
-    return tuple((int(b), max(calibration.used_bytes(_regressor(trace, int(b))), 0)) for b in sizes)
+    return tuple((int(b), max(calibration.used_bytes(regressor(trace, int(b))), 0)) for b in sizes)
 
 
 def _shares(measurements: MemoryMeasurements, size: int) -> tuple[MemoryShare, ...]:
     trace = measurements.trace
     used = next((p.used_bytes for p in measurements.points if p.micro_batch_size == size and p.used_bytes is not None), 0)
+    if trace.allocations is not None:
+        kinds = dict.fromkeys(AllocationKind, 0)
+        for index, bytes_ in live_at_peak(trace.allocations, size).items():
+            kinds[trace.allocations.kind[index]] += bytes_
+        return tuple(MemoryShare(name=kind.value, size_bytes=bytes_) for kind, bytes_ in kinds.items() if bytes_)
     peak = traced_peak_bytes(trace, size) if trace.moments else used
     known = (
         MemoryShare(name="parameters", size_bytes=trace.parameter_bytes),
@@ -321,6 +218,77 @@ def _shares(measurements: MemoryMeasurements, size: int) -> tuple[MemoryShare, .
     )
     rest = max(peak - sum(share.size_bytes for share in known), 0)
     return (*known, MemoryShare(name="activations and temporaries", size_bytes=rest))
+
+
+def _holders(trace: MemoryTrace, size: int) -> tuple[MemoryHolder, ...]:
+    """Modules by what of theirs is live at the peak, largest first, each with its operation that holds most."""
+    table = trace.allocations
+    if table is None:
+        return ()
+    held: dict[tuple[int, int], int] = {}
+    for index, bytes_ in live_at_peak(table, size).items():
+        place = (table.module[index], table.operation[index])
+        held[place] = held.get(place, 0) + bytes_
+    modules: dict[int, list[tuple[int, int]]] = {}
+    for (module, operation), bytes_ in held.items():
+        modules.setdefault(module, []).append((bytes_, operation))
+    ranked = sorted(modules.items(), key=lambda entry: -sum(bytes_ for bytes_, _ in entry[1]))
+    return tuple(
+        MemoryHolder(
+            module=table.modules[module],
+            operation=table.operations[max(parts)[1]],
+            size_bytes=sum(bytes_ for bytes_, _ in parts),
+        )
+        for module, parts in ranked[:_LARGEST_HOLDERS]
+    )
+
+
+def _other_ceiling(
+    measurements: MemoryMeasurements, trace: MemoryTrace | None, calibration: Calibration, at_most: int | None
+) -> int | None:
+    """Largest size that fits by another trace of the same workload under the same calibration; none when it was not traced or none fits.
+
+    Above ``at_most`` nothing is claimed: a size that did not run alone does not run beside more.
+    """
+    if trace is None or not trace.moments or not measurements.trace.moments:
+        return None
+    limit_bytes = measurements.limit.limit_bytes
+
+    def fits(size: int) -> bool:
+        return calibration.used_bytes(traced_peak_bytes(trace, size) + measurements.bucket_bytes) <= limit_bytes
+
+    if not fits(1):
+        return None
+    found = largest_that(fits, 1, LARGEST_SIZE)
+    return found if at_most is None else min(found, at_most)
+
+
+def _smooth_ceiling(measurements: MemoryMeasurements) -> int | None:
+    """Largest size that a CUDA caching allocator is predicted to run without freeing its cache and retrying."""
+    if not measurements.allocator.startswith("cuda") or measurements.trace.allocations is None:
+        return None
+    return smooth_ceiling(measurements.trace.allocations, measurements.limit.limit_bytes - measurements.bucket_bytes)
+
+
+def _alternatives(measurements: MemoryMeasurements, calibration: Calibration, size: int) -> tuple[MemoryAlternative, ...]:
+    return tuple(
+        MemoryAlternative(
+            change=other.change,
+            peak_bytes=max(calibration.used_bytes(traced_peak_bytes(other.trace, size)), 0),
+            predicted_ceiling=_other_ceiling(measurements, other.trace, calibration, None),
+        )
+        for other in measurements.alternatives
+    )
+
+
+def _certificate(points: Sequence[MemoryPoint], ceiling: int | None) -> Certificate | None:
+    """What the last proof says about the ceiling; none when none was tried, and when it was not one sample above."""
+    proofs = [point for point in points if point.purpose == "proof"]
+    if not proofs or ceiling is None:
+        return None
+    last = proofs[-1]
+    holds = last.outcome is not Outcome.RAN and last.micro_batch_size == ceiling + 1
+    return Certificate(micro_batch_size=last.micro_batch_size, outcome=last.outcome, holds=holds)
 
 
 def _remarks(measurements: MemoryMeasurements, calibration: Calibration, ceiling: int | None, predicted: int | None) -> tuple[str, ...]:

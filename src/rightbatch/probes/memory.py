@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rightbatch.engine.allocation_laws import UnmatchedLogsError, join, moments, needs_a_large_size, needs_another_size
 from rightbatch.engine.memory_trace import AllocationLog, Mark, record
+from rightbatch.engine.meters import capped
 from rightbatch.engine.rig import Rig
 from rightbatch.engine.step import Trainee, loss_sum, train_step
 from rightbatch.records.measurements import (
@@ -51,9 +52,9 @@ def trace(rig: Rig, *, accumulation_steps: int = 1) -> MemoryTrace:
     return _trace(rig, lambda trainee, batch, mark: _two_steps(trainee, [batch] * accumulation_steps, mark))
 
 
-def record_step(rig: Rig, size: int) -> AllocationLog:
+def record_step(rig: Rig, size: int, *, accumulation_steps: int = 1) -> AllocationLog:
     """Log the allocations of two optimizer steps at one size."""
-    return _record(rig, size, _Shares(), lambda trainee, batch, mark: _two_steps(trainee, [batch], mark))
+    return _record(rig, size, _Shares(), lambda trainee, batch, mark: _two_steps(trainee, [batch] * accumulation_steps, mark))
 
 
 def _two_steps(trainee: Trainee, micro_batches: Sequence[Batch], mark: Mark) -> None:
@@ -227,15 +228,16 @@ def attempt(
     """
     rig.say(f"running two steps of {size} samples")
     rig.meters.memory.start()
-    ballast = torch.zeros(ballast_bytes, dtype=torch.uint8, device=rig.device)
-    trainee = rig.new_trainee()
-    batch = rig.typical_batch(size)
-    train_step(trainee, [batch])
-    start_s = rig.meters.clock.now_s()
-    train_step(trainee, [batch])
-    step_time_s = rig.meters.clock.now_s() - start_s
-    used_bytes = rig.meters.memory.peak_bytes()
-    del ballast
+    with capped(rig.device, limit_bytes) if purpose == "proof" else contextlib.nullcontext():
+        ballast = torch.zeros(ballast_bytes, dtype=torch.uint8, device=rig.device)
+        trainee = rig.new_trainee()
+        batch = rig.typical_batch(size)
+        train_step(trainee, [batch])
+        start_s = rig.meters.clock.now_s()
+        train_step(trainee, [batch])
+        step_time_s = rig.meters.clock.now_s() - start_s
+        used_bytes = rig.meters.memory.peak_bytes()
+        del ballast
     return MemoryPoint(
         micro_batch_size=size,
         purpose=purpose,

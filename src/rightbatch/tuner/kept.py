@@ -59,14 +59,22 @@ class Kept:
         return Measurements(**self.parts)
 
 
-def read_kept(folder: RunFolder, source: Source, request: Request) -> Kept:
-    """Read the parts of an earlier run that still hold: same code, arguments, versions, machine and settings."""
+def read_kept(folder: RunFolder, source: Source, request: Request, *, rank_count: int = 1) -> Kept:
+    """Read the parts of an earlier run that still hold: same code, arguments, versions, machine and settings.
+
+    Args:
+        folder: The run folder.
+        source: Where the workload comes from.
+        request: What is asked.
+        rank_count: Processes that agree on every size; what so many agreed on says nothing about another number.
+    """
     base = digest(
         str(Path.cwd()),
         source.spec,
         *source.arguments,
         *_machine(),
         str((request.device, request.precision, request.seed, request.threads, request.isolation)),
+        *((f"{rank_count} ranks",) if rank_count > 1 else ()),
     )
     manifest = None if request.fresh else folder.read_manifest()
     kept = Kept(folder, base, {}, created_at=manifest.created_at if manifest else now())

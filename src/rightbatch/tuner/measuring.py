@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Literal, TypeVar
+from typing import TypeVar
 
-from rightbatch.engine.isolation import ChildHost, Completed, Host, InProcessHost, Killed, OutOfMemory
+from rightbatch.engine.isolation import ChildHost, Completed, Host, InProcessHost
 from rightbatch.engine.provenance import environment
+from rightbatch.engine.ranks import Ranks, SingleRank
 from rightbatch.engine.rig import Rig
 from rightbatch.errors import IsolationError, NothingFitsError, UsageError
-from rightbatch.fits import memory as memory_fit
 from rightbatch.fits import noise_scale as noise_fit
 from rightbatch.fits import step_time as step_time_fit
 from rightbatch.probes import gradient_noise, loader, memory, step_time
@@ -17,28 +17,28 @@ from rightbatch.records.measurements import (
     GradientNoiseMeasurements,
     LoaderMeasurements,
     MemoryMeasurements,
-    MemoryPoint,
-    MemoryTrace,
     NoiseProblem,
     Outcome,
     StepTimeMeasurements,
     WorkloadSummary,
 )
 from rightbatch.records.plan import Goal
+from rightbatch.tuner.memory_search import MemorySearch, words
 from rightbatch.tuner.request import Part, Progress, Request
 
 T = TypeVar("T")
-Purpose = Literal["touch", "approach", "proof"]
+
+MALLOC_SETTINGS: Mapping[str, Mapping[str, str]] = {
+    "default": {},
+    "tight": {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"},
+}
+"""Variables of glibc: ``tight`` maps every tensor of its own and gives it back at once, so that what is resident is what lives."""
 
 SHARES: Mapping[Part, float] = {Part.MEMORY: 0.2, Part.STEP_TIME: 0.3, Part.LOADER: 0.1, Part.GRADIENT_NOISE: 0.4}
 """How the budget is divided among the parts that are still to be measured."""
 
 _BUDGET_IN_USE = 0.95
 """The rest is for steps that overrun, and for judging."""
-_FIRST_SAMPLES = 8
-_TRACE_STEPS = 2
-_ATTEMPT_STEPS = 3.0
-"""An attempt takes two steps, and its batch and model must be made: about the time of three."""
 _LARGEST_ROUND_SHARE = 0.1
 """No size is timed whose step alone takes more of the part's time than this."""
 _COMMON_SIZES = (32, 128)
@@ -62,11 +62,19 @@ class Measuring:
         self._request = request
         self._progress = progress
         self._clock_s = clock_s
+        if request.malloc != "default" and request.isolation != "child":
+            raise UsageError(
+                f"--malloc {request.malloc} needs a process of its own, since an allocator is set when a process starts; got --isolation "
+                f"{request.isolation}; leave that out, or start this process with {_words_of(MALLOC_SETTINGS[request.malloc])}."
+            )
         self._start_s = clock_s()
         self._stage = "starting"
         self._say("loading the workload")
-        host = ChildHost if request.isolation == "child" else InProcessHost
-        self._host: Host = host(build, self._say)
+        self._host: Host = (
+            ChildHost(build, self._say, environment=MALLOC_SETTINGS[request.malloc])
+            if request.isolation == "child"
+            else InProcessHost(build, self._say)
+        )
         self._start_s = clock_s()  # the budget is for the probes: importing torch and reading the data may take longer than a small one
 
     def close(self) -> None:
@@ -91,7 +99,7 @@ class Measuring:
             described = self._host.call(Rig.describe, 1)
         if not isinstance(described, Completed):
             raise NothingFitsError(
-                f"one sample must fit in memory to train at all; it does not ({_words(described)}); use a smaller model or input."
+                f"one sample must fit in memory to train at all; it does not ({words(described)}); use a smaller model or input."
             )
         if self._request.objective.goal is Goal.ENERGY and not self._required(_has_energy_meter):
             raise UsageError("--goal energy needs an energy meter, which NVIDIA devices have; this device has none: use --goal time.")
@@ -106,56 +114,28 @@ class Measuring:
         left_s = max(0.0, _BUDGET_IN_USE * self._request.budget_s - self.elapsed_s)
         return left_s * SHARES[part] / sum(SHARES[other] for other in waiting)
 
-    def memory(self, workload: WorkloadSummary, budget_s: float) -> MemoryMeasurements:
-        """Trace, touch, approach. No size is tried that the calibrated trace puts above the limit."""
+    def memory(
+        self, workload: WorkloadSummary, budget_s: float, *, ranks: Ranks | None = None, bucket_bytes: int = 0
+    ) -> MemoryMeasurements:
+        """Trace, touch, approach, and prove if that is asked: only the proof may need more than the limit by the calibrated trace.
+
+        Args:
+            workload: What is trained.
+            budget_s: Seconds that this may take.
+            ranks: The processes that search together; none for this one alone.
+            bucket_bytes: Gradient buckets that each of several processes keeps.
+        """
         self._stage = "memory"
-        end_s = self._clock_s() + budget_s
         limit, allocator = self._required(memory.limit, self._request.limit_bytes)
-        cap = min(workload.train_size, self._request.max_batch or workload.train_size)
-        trace, pace_s = self._trace()
-        points: list[MemoryPoint] = []
-        for wanted in memory_fit.touch_sizes(trace, limit.limit_bytes, cap):
-            size = _affordable_touch(points, wanted, pace_s, end_s - self._clock_s())
-            if memory_fit.touch_is_safe(trace, limit.limit_bytes, points, size):
-                points.append(self._attempt(size, "touch", trace, limit.limit_bytes))
-        while memory_fit.next_attempt(trace, limit.limit_bytes, points, cap) is not None:
-            affordable = min(cap, _affordable(points, end_s - self._clock_s()))
-            size_in_time = memory_fit.next_attempt(trace, limit.limit_bytes, points, affordable)
-            if size_in_time is None:
-                break
-            points.append(self._attempt(size_in_time, "approach", trace, limit.limit_bytes))
-        is_settled = memory_fit.next_attempt(trace, limit.limit_bytes, points, cap) is None
-        largest = max((point.micro_batch_size for point in points if point.outcome is Outcome.RAN), default=0)
-        has_failed = any(point.outcome is not Outcome.RAN for point in points)
-        return MemoryMeasurements(
-            trace=trace,
-            limit=limit,
-            points=tuple(points),
-            largest_allowed=cap,
-            largest_allowed_source="dataset" if cap == workload.train_size else "--max-batch",
-            stopped_by="cap" if largest >= cap else "failure" if has_failed else "limit" if is_settled else "budget",
-            allocator=allocator,
+        search = MemorySearch(
+            host=self._host,
+            request=self._request,
+            workload=workload,
+            clock_s=self._clock_s,
+            ranks=ranks or SingleRank(),
+            bucket_bytes=bucket_bytes,
         )
-
-    def _trace(self) -> tuple[MemoryTrace, float]:
-        """Record the allocations of a step; also return the seconds a sample that this took, which bounds a step's pace."""
-        start_s = self._clock_s()
-        traced = self._host.call(memory.trace)
-        trace = traced.value if isinstance(traced, Completed) else memory.no_trace(f"Memory ran out while recording ({_words(traced)}).")
-        return trace, (self._clock_s() - start_s) / sum(_TRACE_STEPS * size for size in trace.batch_sizes)
-
-    def _attempt(self, size: int, purpose: Purpose, trace: MemoryTrace, limit_bytes: int) -> MemoryPoint:
-        traced_bytes = memory_fit.traced_peak_bytes(trace, size)
-        outcome = self._host.call(partial(memory.attempt, traced_bytes=traced_bytes, limit_bytes=limit_bytes), size, purpose)
-        if isinstance(outcome, Completed):
-            return outcome.value
-        return MemoryPoint(
-            micro_batch_size=size,
-            purpose=purpose,
-            outcome=Outcome.OUT_OF_MEMORY if isinstance(outcome, OutOfMemory) else Outcome.KILLED,
-            traced_bytes=traced_bytes,
-            detail=_words(outcome),
-        )
+        return search.run(limit, allocator, budget_s)
 
     def step_time(self, workload: WorkloadSummary, found: MemoryMeasurements, budget_s: float) -> StepTimeMeasurements:
         """Look at the machine, scan, then time the sizes that matter."""
@@ -218,7 +198,7 @@ class Measuring:
             pilot_samples=0,
             batch_norm=workload.batch_norm,
             problem=NoiseProblem.OUT_OF_MEMORY,
-            remark=_words(outcome),
+            remark=words(outcome),
         )
 
     def _required(self, probe: Callable[..., T], *args: object) -> T:
@@ -226,45 +206,18 @@ class Measuring:
         outcome = self._host.call(probe, *args)
         if isinstance(outcome, Completed):
             return outcome.value
-        raise IsolationError(f"the {self._stage} probe must run at a few samples; it ended with {_words(outcome)}; is memory short?")
+        raise IsolationError(f"the {self._stage} probe must run at a few samples; it ended with {words(outcome)}; is memory short?")
 
     def _say(self, detail: str) -> None:
         self._progress.update(self._stage, min(1.0, self.elapsed_s / self._request.budget_s), detail)
 
 
+def _words_of(settings: Mapping[str, str]) -> str:
+    return " ".join(f"{name}={value}" for name, value in settings.items())
+
+
 def _has_energy_meter(rig: Rig) -> bool:
     return rig.meters.energy is not None
-
-
-def _words(outcome: OutOfMemory | Killed) -> str:
-    return outcome.message if isinstance(outcome, OutOfMemory) else f"killed by {outcome.signal_name}"
-
-
-def _affordable_touch(points: list[MemoryPoint], wanted: int, pace_s: float, left_s: float) -> int:
-    """The touch that is wanted, or a smaller one when time is short.
-
-    Before anything ran only the recording tells a pace, and far too slow a one; if even that pace is fast enough there is nothing to
-    fear, else a handful of samples go first.
-    """
-    if points:
-        return max(1, min(wanted, _affordable(points, left_s)))
-    return wanted if _ATTEMPT_STEPS * pace_s * wanted <= left_s else min(wanted, _FIRST_SAMPLES)
-
-
-def _affordable(points: list[MemoryPoint], left_s: float) -> int:
-    """Largest size whose attempt should end in the time left, by a line through the step times of the two largest that ran.
-
-    A sample more is taken to cost a tenth of the mean at least: step times are noisy, and rarely flat.
-    """
-    ran = sorted((point.micro_batch_size, point.step_time_s) for point in points if point.step_time_s)
-    if not ran:
-        return 1 if left_s <= 0 else 2**62
-    size, time_s = ran[-1]
-    slope_s = time_s / size
-    if len(ran) > 1:
-        smaller, smaller_time_s = ran[-2]
-        slope_s = max(slope_s / 10, (time_s - smaller_time_s) / (size - smaller))
-    return max(0, size + int((left_s / _ATTEMPT_STEPS - time_s) / slope_s))
 
 
 def _power_of_two_below(value: float) -> int:

@@ -40,6 +40,12 @@ class Request:
     """Threads torch computes with; none leaves torch's default."""
     isolation: Literal["child", "in-process"] = "child"
     """``child`` measures in a spawned process; ``in-process`` snapshots and restores this one."""
+    malloc: Literal["default", "tight"] = "default"
+    """How glibc allocates in the child: ``default`` as training will; ``tight`` gives freed memory back at once."""
+    certify: bool = False
+    """Whether to prove the ceiling by one sample more, which must fail."""
+    alternatives: bool = False
+    """Whether to trace what another precision, optimizer or checkpointing would need."""
     out: Path | None = None
     """The run folder; none derives one from the workload below ``rightbatch-runs``."""
     fresh: bool = False
