@@ -101,6 +101,7 @@ def build_request(command: str, measuring: MeasureOptions, wanted: FindOptions, 
         out=measuring.out,
         fresh=measuring.fresh,
         certify=memory.certify,
+        alternatives=command == "memory",
         malloc=memory.malloc,
     )
 

@@ -69,7 +69,8 @@ def next_attempt(
     Jump to the largest size whose calibrated use and a margin for the calibration's own error stay within the limit, at most
     ``LARGEST_GROWTH`` times the largest that ran. On a device whose use follows the trace exactly the margin is zero and the ceiling exact.
     A step up smaller than half the margin is not worth trying.
-    Never go back to a size that failed, or above it: then halve the traced distance to the largest that ran.
+    Never go back to a size that failed, or above it. One whose use was measured has improved the line; after one that only failed, halve
+    the traced distance to the largest that ran.
 
     Args:
         trace: Allocations of a step.
@@ -90,7 +91,7 @@ def next_attempt(
     largest = max(ran, key=lambda p: p.micro_batch_size)
     size = largest.micro_batch_size
     cap = min(cap, LARGEST_GROWTH * size)
-    if failed is not None:
+    if failed is not None and not _was_measured(points, failed):
         cap = min(cap, _midpoint(trace, size, failed))
     margin = _margin(trace, points)
     needed = _pessimistic_use(trace, points, largest)
@@ -115,7 +116,7 @@ def _first_attempt(trace: MemoryTrace, limit_bytes: int, cap: int, failed: int |
 
 
 def _pessimistic_use(trace: MemoryTrace, points: Sequence[MemoryPoint], largest: MemoryPoint) -> Callable[[int], int]:
-    """The larger of the calibrated line and the line of the same slope through the largest size that ran.
+    """The larger of the calibrated line, the line of the same slope through the largest size that ran, and one that grows as the trace.
 
     A single measured size tells no slope: then the steepest sane one is assumed, so that the second size is safe whatever the truth.
     """
@@ -123,8 +124,19 @@ def _pessimistic_use(trace: MemoryTrace, points: Sequence[MemoryPoint], largest:
     traced = regressor(trace, largest.micro_batch_size)
     if trace.moments and sum(p.used_bytes is not None for p in points) == 1:
         return lambda b: round((largest.used_bytes or 0) + SANE_SCALES[1] * (regressor(trace, b) - traced))
-    lift = max((largest.used_bytes or 0) - calibration.used_bytes(traced), 0)
-    return lambda b: calibration.used_bytes(regressor(trace, b)) + lift
+    used = largest.used_bytes or 0
+    lift = max(used - calibration.used_bytes(traced), 0)
+    slope = 1 if trace.moments else 0  # what is traced is held, so a flatter line is noise
+
+    def needed(size: int) -> int:
+        x = regressor(trace, size)
+        return max(calibration.used_bytes(x) + lift, used + slope * (x - traced) if x > traced else 0)
+
+    return needed
+
+
+def _was_measured(points: Sequence[MemoryPoint], size: int) -> bool:
+    return any(point.micro_batch_size == size and point.used_bytes is not None for point in points)
 
 
 def _margin(trace: MemoryTrace, points: Sequence[MemoryPoint]) -> float:
