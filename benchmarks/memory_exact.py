@@ -1,0 +1,250 @@
+"""Peak live bytes predicted from two to five samples against the peak recorded at larger sizes, on many architectures.
+
+Run: python benchmarks/memory_exact.py [--workloads FILE.py] [--json]
+
+Every public function of the file that returns a ``rightbatch.Workload`` when called without arguments is one row. An optional
+``ACCUMULATION_STEPS`` of the file maps names to micro-batches a step. All on the CPU with one thread. Beside ours: the peak of torch's own
+``MemTracker`` on the same two steps at the largest compared size, which needs that size to run. Exit code 1: a goal does not hold.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import inspect
+import io
+import json
+import platform
+import sys
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch.distributed._tools.mem_tracker import MemTracker
+
+import rightbatch as rb
+from rightbatch.engine.memory_trace import AllocationLog
+from rightbatch.engine.meters import meters_for
+from rightbatch.engine.rig import Rig
+from rightbatch.engine.step import train_step
+from rightbatch.fits.memory import traced_peak_bytes
+from rightbatch.probes import memory
+from rightbatch.probes.absent_device import record_without_memory
+from rightbatch.records.measurements import MemoryTrace
+from rightbatch.workload.ingredients import tensors_of
+
+ARCHITECTURES = Path(__file__).with_name("architectures.py")
+SIZES = (1, 4, 7, 32, 100, 256, 1024)
+PEER_SIZES = (7, 32)
+CURVE_S_WANTED = 1.0
+CPU = torch.device("cpu")
+Goal = dict[str, object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One architecture: its recorded peaks, and the predictions that were made without them."""
+
+    name: str
+    curve_s: float
+    trace: MemoryTrace
+    without_memory: MemoryTrace
+    peaks: Mapping[int, int]
+    """Bytes recorded at each size that runs at all."""
+    peer_peaks: Mapping[int, int]
+    not_applicable: Mapping[int, str] = field(default_factory=dict)
+
+    def bytes_off(self, trace: MemoryTrace) -> dict[int, int]:
+        """Predicted minus recorded bytes at each size."""
+        return {size: traced_peak_bytes(trace, size) - peak for size, peak in self.peaks.items()} if trace.moments else {}
+
+    def silently_off(self, trace: MemoryTrace) -> int:
+        """Sizes at which a trace that claims to be exact is not."""
+        return sum(off != 0 for off in self.bytes_off(trace).values()) if trace.consistent else 0
+
+
+def workloads_of(path: Path) -> tuple[dict[str, rb.Workload], ModuleType]:
+    """Call every public function of a file that needs no argument, and keep the workloads."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        sys.exit(f"--workloads must name a Python file; got {path}.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    functions = inspect.getmembers(module, lambda value: inspect.isfunction(value) and value.__module__ == path.stem)
+    functions.sort(key=lambda pair: pair[1].__code__.co_firstlineno)
+    made = {name: function() for name, function in functions if not name.startswith("_") and _needs_nothing(function)}
+    workloads = {name: value for name, value in made.items() if isinstance(value, rb.Workload)}
+    if not workloads:
+        sys.exit(f"{path} must hold functions that return a rightbatch.Workload when called without arguments; it holds none.")
+    return workloads, module
+
+
+def _needs_nothing(function: object) -> bool:
+    parameters = inspect.signature(function).parameters.values()  # type: ignore[arg-type]
+    return all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+
+
+def recorded_peak_bytes(log: AllocationLog) -> int:
+    """Most bytes that live at once, replayed allocation by allocation."""
+    live, peak = 0, 0
+    dying: dict[int, int] = defaultdict(int)
+    for index, allocation in enumerate(log.allocations):
+        live += allocation.size_bytes - dying.pop(index, 0)
+        dying[allocation.death] += allocation.size_bytes
+        peak = max(peak, live)
+    return peak
+
+
+def peer_peak_bytes(rig: Rig, size: int, accumulation_steps: int) -> int:
+    """The same two steps under torch's MemTracker."""
+    trainee, batch = rig.new_trainee(compiled=False), rig.typical_batch(size)
+    tracker = MemTracker()
+    averages = [] if trainee.average is None else [trainee.average]
+    tracker.track_external(trainee.model, trainee.optimizer, *averages, *tensors_of(batch))
+    with tracker:
+        for _ in range(2):
+            tracker.reset_mod_stats()  # it refuses a second step otherwise
+            train_step(trainee, [batch] * accumulation_steps)
+    return int(tracker.get_tracker_snapshot("peak")[CPU]["Total"])
+
+
+def measure(name: str, workload: rb.Workload, accumulation_steps: int) -> Row:
+    rig = Rig(workload=workload, device=CPU, meters=meters_for(CPU))
+    rig.typical_batch(1)  # reading the samples is not part of the trace
+    start_s = time.perf_counter()
+    trace = memory.trace(rig, accumulation_steps=min(accumulation_steps, 2))
+    curve_s = time.perf_counter() - start_s
+    without_memory = record_without_memory(rig) if accumulation_steps == 1 else trace
+    peaks, not_applicable = {}, {}
+    for size in SIZES:
+        try:
+            peaks[size] = recorded_peak_bytes(memory.record_step(rig, size, accumulation_steps=accumulation_steps))
+        except ValueError as error:  # batch normalisation refuses a single value a channel
+            not_applicable[size] = str(error).splitlines()[0]
+    peer_peaks = {}
+    for size in PEER_SIZES:
+        with contextlib.suppress(RuntimeError, AttributeError, KeyError, AssertionError), contextlib.redirect_stdout(io.StringIO()):
+            peer_peaks[size] = peer_peak_bytes(rig, size, accumulation_steps)
+    return Row(
+        name=name,
+        curve_s=curve_s,
+        trace=trace,
+        without_memory=without_memory,
+        peaks=peaks,
+        peer_peaks=peer_peaks,
+        not_applicable=not_applicable,
+    )
+
+
+def cell(row: Row, trace: MemoryTrace, size: int) -> str:
+    if size in row.not_applicable:
+        return "n/a"
+    if not trace.moments:
+        return "no trace"
+    return f"{row.bytes_off(trace)[size]}{'' if trace.consistent else ' (said)'}"
+
+
+def print_row(row: Row) -> None:
+    cells = "".join(f"{cell(row, row.trace, size):>15}" for size in SIZES)
+    largest = max(row.peaks)
+    print(f"{row.name:18}{row.curve_s:8.3f}{row.peaks[largest] / 2**20:9.1f}{cells}   {where(row)}{peer(row)}", flush=True)
+    for remark in (row.trace.remark, row.without_memory.remark):
+        if remark:
+            print(f"{'':18}  {remark}")
+
+
+def where(row: Row) -> str:
+    return f"{row.without_memory.recorded_on}: {row.silently_off(row.without_memory)} silently off"
+
+
+def peer(row: Row) -> str:
+    return "; MemTracker " + (", ".join(f"{peak - row.peaks[size]:+d} B at {size}" for size, peak in row.peer_peaks.items()) or "failed")
+
+
+def goals_of(rows: Sequence[Row]) -> list[Goal]:
+    compared = sum(len(row.peaks) for row in rows)
+    exact = sum(off == 0 for row in rows for off in row.bytes_off(row.trace).values())
+    silent = sum(row.silently_off(row.trace) for row in rows)
+    silent_meta = sum(row.silently_off(row.without_memory) for row in rows)
+    slowest = max(row.curve_s for row in rows[1:] or rows)  # the first one pays for torch's own late imports
+    return [
+        {"name": "sizes predicted to the byte", "value": exact, "unit": f"of {compared}", "goal": "all", "holds": exact == compared},
+        {"name": "sizes silently off, recorded on the CPU", "value": silent, "unit": "", "goal": "0", "holds": silent == 0},
+        {"name": "sizes silently off, recorded without memory", "value": silent_meta, "unit": "", "goal": "0", "holds": silent_meta == 0},
+        {
+            "name": "slowest curve",
+            "value": round(slowest, 3),
+            "unit": "s",
+            "goal": f"<= {CURVE_S_WANTED:g}",
+            "holds": slowest <= CURVE_S_WANTED,
+        },
+    ]
+
+
+def document_of(row: Row) -> dict[str, object]:
+    return {
+        "name": row.name,
+        "recorded_sizes": row.trace.batch_sizes,
+        "curve_s": round(row.curve_s, 4),
+        "consistent": row.trace.consistent,
+        "remark": row.trace.remark,
+        "peak_bytes": row.peaks,
+        "bytes_off": row.bytes_off(row.trace),
+        "not_applicable": row.not_applicable,
+        "without_memory": {
+            "recorded_on": row.without_memory.recorded_on,
+            "consistent": row.without_memory.consistent,
+            "remark": row.without_memory.remark,
+            "bytes_off": row.bytes_off(row.without_memory),
+        },
+        "mem_tracker_peak_bytes": row.peer_peaks,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workloads", type=Path, default=ARCHITECTURES, help="file of functions that return a Workload")
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", module="torch")
+    start_s = time.perf_counter()
+    workloads, module = workloads_of(options.workloads)
+    accumulation_steps = getattr(module, "ACCUMULATION_STEPS", {})
+    rows = []
+    if not options.json:
+        print(
+            f"{'architecture':18}{'curve s':>8}{'max MiB':>9}"
+            + "".join(f"{f'off at {size}':>15}" for size in SIZES)
+            + "   without memory; peer"
+        )
+    for name, workload in workloads.items():
+        rows.append(measure(name, workload, accumulation_steps.get(name, 1)))
+        if not options.json:
+            print_row(rows[-1])
+    goals = goals_of(rows)
+    environment = {
+        "device": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "versions": {"torch": torch.__version__, "python": platform.python_version(), "rightbatch": rb.__version__},
+        "date": datetime.now(UTC).date().isoformat(),
+        "n": len(rows),
+        "seconds": round(time.perf_counter() - start_s, 1),
+    }
+    if options.json:
+        print(json.dumps({"goals": goals, "rows": [document_of(row) for row in rows], "environment": environment}, indent=2))
+    else:
+        for goal in goals:
+            print(f"{'ok  ' if goal['holds'] else 'FAIL'} {goal['name']}: {goal['value']} {goal['unit']} (goal {goal['goal']})")
+        print(" · ".join(f"{key} {value}" for key, value in environment.items()))
+    return 0 if all(goal["holds"] for goal in goals) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
