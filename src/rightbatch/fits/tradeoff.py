@@ -152,6 +152,30 @@ def critical_batch_draws(noise: NoiseScale, rng: np.random.Generator, n_draws: i
     return np.asarray(np.exp(log_noise + log_calibration + log_growth))
 
 
+def critical_batch_over_run(
+    *, shares: FloatArray, sq_norm: FloatArray, trace: FloatArray, batch_size: float, calibration: FloatArray
+) -> FloatArray:
+    """Critical batch size of a whole run whose noise was seen along it, one number a draw of the calibration c.
+
+    A run at b0 that spends dt samples at noise scale B = S / G would at b spend dt (b + c B) / (b0 + c B), so that
+
+        E(b) / E(b0) = sum dt (b G + c S) / (b0 G + c S),   B_crit = c sum(w S) / sum(w G),   w = dt / (b0 G + c S).
+
+    Args:
+        shares: Samples that each record stands for, dt, shape (records,).
+        sq_norm: |G|**2 at each record.
+        trace: tr Sigma of one sample at each record.
+        batch_size: b0, in samples.
+        calibration: Draws of c.
+
+    Source:
+        McCandlish et al. 2018, arXiv:1812.06162, appendix D.1, with the calibration inside the weights.
+    """
+    scaled = calibration[:, None] * trace[None, :]
+    weights = shares[None, :] / (batch_size * sq_norm[None, :] + scaled)
+    return np.asarray((weights * scaled).sum(axis=1) / (weights * sq_norm[None, :]).sum(axis=1))
+
+
 def draw_costs(
     *,
     step_time: StepTimeCurve,

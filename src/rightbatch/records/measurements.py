@@ -249,6 +249,28 @@ class GradientNoiseMeasurements(Record):
     remark: str = ""
 
 
+class ProbeOutcome(StrEnum):
+    """How one training probe ended."""
+
+    REACHED = "reached"
+    """It reached the target."""
+    STOPPED = "stopped"
+    """It was stopped before the target, because it could not win any more."""
+    FAILED = "failed"
+    """It diverged, or ended without the target after all the samples that it could have had."""
+
+
+class TrainingProbe(Record):
+    """One training run at one global batch size, towards a target that all probes share."""
+
+    global_batch_size: PositiveInt
+    lr: PositiveFloat | None = None
+    seed: int = 0
+    outcome: ProbeOutcome
+    samples: PositiveFloat
+    """Samples to the target when it was reached; samples that were trained on without reaching it otherwise."""
+
+
 class WorkloadSummary(Record):
     """What the workload was, in numbers that need no torch to read."""
 

@@ -1,0 +1,174 @@
+"""Ways to choose a batch size, each seeing no more of a recorded cell than it would have measured."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from replay_traces import Cell, NoiseTrace
+from rightbatch.fits.intervals import normal_draws
+from rightbatch.fits.samples_curve import PRIORS, CurvePrior, LrRegime, draw_curves
+from rightbatch.fits.tradeoff import CALIBRATION_LOG_SD, CALIBRATION_MEDIAN, critical_batch_over_run
+from rightbatch.recommend.probing import LEAST_GAIN, Candidates, choose_probed, first_probe, next_probe
+from rightbatch.records.measurements import ProbeOutcome, TrainingProbe
+
+DRAWS = 2048
+MOST_PROBES = 8
+
+
+@dataclass(frozen=True)
+class Pick:
+    """What a policy chose, and the seconds that it trained to find out."""
+
+    index: int
+    seconds: float = 0.0
+    probes: int = 0
+
+
+Policy = Callable[[Cell, np.ndarray], Pick]
+"""Takes a cell and the work to the target of one seed at each size."""
+
+
+def largest(cell: Cell, _work: np.ndarray) -> Pick:
+    return Pick(len(cell.sizes) - 1)
+
+
+def smallest(_cell: Cell, _work: np.ndarray) -> Pick:
+    return Pick(0)
+
+
+def best_throughput(cell: Cell, _work: np.ndarray) -> Pick:
+    return Pick(int(np.argmin(cell.seconds)))
+
+
+def knee(cell: Cell, _work: np.ndarray) -> Pick:
+    """The smallest size within 3 % of the best throughput."""
+    return Pick(int(np.flatnonzero(0.97 * cell.seconds <= cell.seconds.min())[0]))
+
+
+def always_128(cell: Cell, _work: np.ndarray) -> Pick:
+    return Pick(nearest(cell, 128))
+
+
+def sweep(cell: Cell, work: np.ndarray) -> Pick:
+    """Train every size once, in full."""
+    seconds = np.where(np.isfinite(work), work, cell.longest_work) * cell.seconds
+    return Pick(int(np.argmin(work * cell.seconds)), float(seconds.sum()), len(work))
+
+
+def hyperbola(cell: Cell, work: np.ndarray) -> Pick:
+    """Train the smallest and the largest size, and draw E = E_min (1 + b / B_crit) through both."""
+    ends = [0, len(cell.sizes) - 1]
+    seconds = float((np.where(np.isfinite(work[ends]), work[ends], cell.longest_work) * cell.seconds[ends]).sum())
+    reached = [i for i in ends if math.isfinite(work[i])]
+    if len(reached) < 2:
+        return Pick(reached[0] if reached else 0, seconds, 2)
+    slope = max((work[ends[1]] - work[0]) / (cell.sizes[-1] - cell.sizes[0]), 0.0)
+    fixed = max(work[0] - slope * cell.sizes[0], 1e-9)
+    return Pick(int(np.argmin((fixed + slope * cell.sizes) * cell.seconds)), seconds, 2)
+
+
+@dataclass
+class Sequential:
+    """Ours: the size that ``recommend.probing`` chooses after the probes that it asks for.
+
+    Attributes:
+        most_probes: Trainings at most.
+        least_gain: When to stop earlier; negative: never.
+        abort: A probe is stopped at so many times the best time so far.
+        priors: Belief by how the rate goes with the size.
+    """
+
+    most_probes: int = MOST_PROBES
+    least_gain: float = LEAST_GAIN
+    abort: float = 1.0
+    priors: Mapping[LrRegime, CurvePrior] = field(default_factory=lambda: PRIORS)
+    _plans: dict[tuple[object, ...], tuple[int | None, int]] = field(default_factory=dict)
+    _cells: dict[str, Candidates] = field(default_factory=dict)
+
+    def __call__(self, cell: Cell, work: np.ndarray) -> Pick:
+        probes: tuple[TrainingProbe, ...] = ()
+        spent = 0.0
+        best = math.inf
+        while (plan := self._plan(cell, probes))[0] is not None:
+            index = plan[0]
+            seconds = work[index] * cell.seconds[index]
+            size, limit = int(cell.sizes[index]), self.abort * best
+            if seconds <= limit and math.isfinite(seconds):
+                probe = TrainingProbe(global_batch_size=size, outcome=ProbeOutcome.REACHED, samples=work[index])
+                best = min(best, seconds)
+            elif math.isfinite(limit):
+                probe = TrainingProbe(global_batch_size=size, outcome=ProbeOutcome.STOPPED, samples=limit / cell.seconds[index])
+                seconds = limit
+            else:
+                probe = TrainingProbe(global_batch_size=size, outcome=ProbeOutcome.FAILED, samples=cell.longest_work)
+                seconds = cell.longest_work * cell.seconds[index]
+            spent += seconds
+            probes = (*probes, probe)
+        return Pick(plan[1], spent, len(probes))
+
+    def _plan(self, cell: Cell, probes: tuple[TrainingProbe, ...]) -> tuple[int | None, int]:
+        """Which size to train next, none to stop; and the choice if it stops. Seeds often repeat, so the answer is kept."""
+        key = (cell.label, *((probe.global_batch_size, probe.outcome, probe.samples) for probe in probes))
+        if key not in self._plans:
+            if cell.label not in self._cells:
+                self._cells[cell.label] = _candidates(cell, self.priors[cell.regime])
+            candidates = self._cells[cell.label]
+            self._plans[key] = (self._next(candidates, probes), choose_probed(candidates, probes).index)
+        return self._plans[key]
+
+    def _next(self, candidates: Candidates, probes: tuple[TrainingProbe, ...]) -> int | None:
+        if len(probes) >= self.most_probes:
+            return None
+        log_time = dict(zip(candidates.sizes.astype(int).tolist(), candidates.log_time[0].tolist(), strict=True))
+        reached = [p for p in probes if p.outcome is ProbeOutcome.REACHED]
+        if not reached:
+            return first_probe(candidates, probes)
+        best = min(math.log(p.samples) + log_time[p.global_batch_size] for p in reached)
+        limit = best + math.log(self.abort)
+        proposal = next_probe(candidates, probes, best_log_time=limit, least_gain=self.least_gain)
+        return None if proposal is None else proposal.index
+
+
+def _candidates(cell: Cell, prior: CurvePrior) -> Candidates:
+    curves = _curves(prior, float(cell.sizes[0]), float(cell.sizes[-1]))
+    return Candidates(sizes=cell.sizes, log_time=np.log(cell.seconds)[None, :], curves=curves)
+
+
+@functools.lru_cache(maxsize=64)
+def _curves(prior: CurvePrior, smallest_size: float, largest_size: float):
+    return draw_curves(prior, smallest=smallest_size, largest=largest_size, rng=np.random.default_rng(0), n_draws=DRAWS)
+
+
+def nearest(cell: Cell, size: float) -> int:
+    """The candidate nearest in logarithm."""
+    return int(np.argmin(np.abs(np.log(cell.sizes / max(size, 1e-9)))))
+
+
+def noise_at_start(cell: Cell, noise: NoiseTrace) -> Pick:
+    """The size nearest to the noise scale at the first record."""
+    return Pick(nearest(cell, noise.trace[0] / noise.sq_norm[0] if noise.sq_norm[0] > 0 else math.inf))
+
+
+def noise_plain_mean(cell: Cell, noise: NoiseTrace) -> Pick:
+    """The optimum for the mean of the noise scale over the records."""
+    usable = noise.sq_norm > 0
+    return _optimum(cell, np.array([float((noise.trace[usable] / noise.sq_norm[usable]).mean())]))
+
+
+def noise_of_run(cell: Cell, noise: NoiseTrace) -> Pick:
+    """Ours from one run: its noise weighted over the run, and the prior on the calibration."""
+    calibration = CALIBRATION_MEDIAN * np.exp(CALIBRATION_LOG_SD * normal_draws(np.random.default_rng(0), DRAWS))
+    critical = critical_batch_over_run(
+        shares=noise.shares, sq_norm=noise.sq_norm, trace=noise.trace, batch_size=noise.batch_size, calibration=calibration
+    )
+    return _optimum(cell, critical)
+
+
+def _optimum(cell: Cell, critical: np.ndarray) -> Pick:
+    """Least expected regret over draws of the critical size."""
+    cost = (1 + cell.sizes[None, :] / critical[:, None]) * cell.seconds[None, :]
+    regret = (cost / cost.min(axis=1, keepdims=True)).mean(axis=0)
+    return Pick(int(np.argmin(regret)))

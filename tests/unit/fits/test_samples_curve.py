@@ -1,0 +1,114 @@
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from oracles import oracle_samples
+from rightbatch.fits.samples_curve import PRIORS, draw_curves, log_probability_above, weigh
+from rightbatch.records.measurements import ProbeOutcome, TrainingProbe
+
+SIZES = (16, 64, 256, 1024)
+BROAD = replace(PRIORS["fixed"], run_log_sd=0.2)
+
+
+def curves(prior=BROAD, *, n_draws=512, seed=0, critical=None):
+    return draw_curves(prior, smallest=16, largest=1024, rng=np.random.default_rng(seed), n_draws=n_draws, critical=critical)
+
+
+def reached(size, samples):
+    return TrainingProbe(global_batch_size=size, outcome=ProbeOutcome.REACHED, samples=samples)
+
+
+def test_curve_and_spread_equal_the_formula_draw_by_draw():
+    draws = curves(n_draws=8)
+
+    log_samples, spread = draws.log_samples(np.array(SIZES)), draws.spread(np.array(SIZES))
+
+    for row in range(8):
+        for column, size in enumerate(SIZES):
+            assert log_samples[row, column] == pytest.approx(oracle_samples.log_samples(draws, row, size), rel=1e-12)
+            assert spread[row, column] == pytest.approx(oracle_samples.spread(draws, row, size), rel=1e-12)
+
+
+def test_discrepancy_has_the_stated_deviation_and_correlation():
+    flat = replace(PRIORS["tuned"], critical_over_largest=1e9, critical_log_sd=1e-9, exponent_log_sd=1e-9, discrepancy_sd=0.3)
+    apart = 16 * math.exp(flat.correlation_log)
+
+    values = curves(flat, n_draws=8192).log_samples(np.array([16.0, apart]))
+
+    assert values.std(axis=0) == pytest.approx([0.3, 0.3], abs=4 * 0.3 / math.sqrt(2 * 8192))
+    assert np.corrcoef(values.T)[0, 1] == pytest.approx(math.exp(-0.5), abs=4 * (1 - math.exp(-1)) / math.sqrt(8192))
+
+
+def test_weights_equal_the_likelihood_with_the_level_integrated_out():
+    draws = replace(curves(n_draws=6), log_failing=np.full(6, math.inf))
+    probes = (reached(16, 1000.0), reached(64, 1100.0), reached(1024, 2500.0))
+
+    weights = weigh(draws, probes).weights
+
+    expected = np.array([oracle_samples.likelihood(draws, row, probes) for row in range(6)])
+    assert weights == pytest.approx(expected / expected.sum(), rel=1e-5)
+
+
+def test_without_probes_all_draws_weigh_the_same():
+    assert weigh(curves(), ()).weights == pytest.approx(np.full(512, 1 / 512))
+
+
+def test_one_probe_tells_the_level_but_not_the_shape():
+    draws = replace(curves(), log_failing=np.full(512, math.inf))
+
+    posterior = weigh(draws, (reached(64, 5000.0),))
+
+    at_64 = posterior.log_level + draws.log_samples(np.array([64.0]))[:, 0]
+    assert posterior.weights == pytest.approx(np.full(512, 1 / 512))
+    assert np.median(at_64) == pytest.approx(math.log(5000), abs=0.1)
+
+
+def test_a_size_that_reached_the_target_rules_out_draws_in_which_it_fails():
+    draws = curves()
+
+    weights = weigh(draws, (reached(1024, 1000.0),)).weights
+
+    fails = draws.fails(np.array([1024.0]))[:, 0]
+    assert fails.any()
+    assert weights[fails].sum() == 0
+
+
+def test_a_stopped_probe_moves_weight_to_curves_that_need_more_samples_there():
+    draws = curves()
+    stopped = TrainingProbe(global_batch_size=1024, outcome=ProbeOutcome.STOPPED, samples=3000)
+
+    before, after = weigh(draws, (reached(64, 1000.0),)), weigh(draws, (reached(64, 1000.0), stopped))
+
+    rise = np.where(draws.fails(np.array([1024.0]))[:, 0], 10.0, draws.log_samples(np.array([1024.0, 64.0])) @ np.array([1.0, -1.0]))
+    assert after.weights @ rise > before.weights @ rise + 0.3
+    above = np.exp(log_probability_above(draws, 1024, math.log(3000), before.log_level))
+    assert after.weights == pytest.approx(before.weights * above / (before.weights @ above))
+
+
+def test_a_failed_probe_is_twenty_times_likelier_where_the_size_fails():
+    draws = curves()
+    failed = TrainingProbe(global_batch_size=1024, outcome=ProbeOutcome.FAILED, samples=3000)
+
+    weights = weigh(draws, (failed,)).weights
+
+    fails = draws.fails(np.array([1024.0]))[:, 0]
+    assert weights[fails].min() == pytest.approx(20 * weights[~fails].max())
+
+
+def test_a_planted_critical_size_is_recovered_from_three_probes():
+    exact = replace(PRIORS["tuned"], discrepancy_sd=1e-3, run_log_sd=0.02, exponent_log_sd=1e-3)
+    draws = curves(exact, n_draws=4096)
+    probes = tuple(reached(size, 1000 * (1 + size / 200)) for size in (16, 128, 1024))
+
+    posterior = weigh(draws, probes)
+
+    mean = float(posterior.weights @ draws.log_critical)
+    assert mean == pytest.approx(math.log(200), abs=0.1)
+
+
+def test_measured_noise_takes_the_place_of_the_prior_on_the_critical_size():
+    critical = np.geomspace(50, 500, 512)
+
+    assert curves(critical=critical).log_critical == pytest.approx(np.log(critical))

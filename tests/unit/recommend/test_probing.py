@@ -1,0 +1,115 @@
+import math
+from dataclasses import replace
+
+import numpy as np
+
+from rightbatch.fits.samples_curve import PRIORS, draw_curves
+from rightbatch.recommend.probing import LARGEST_COST, Candidates, choose_probed, first_probe, next_probe
+from rightbatch.records.measurements import ProbeOutcome, TrainingProbe
+
+SIZES = np.array([16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0])
+HALF = 100.0
+SURE = replace(PRIORS["tuned"], critical_log_sd=1e-6, exponent_log_sd=1e-6, discrepancy_sd=1e-6, run_log_sd=0.01, run_log_sd_log_sd=1e-6)
+
+
+def candidates(prior=PRIORS["coupled"], *, half=HALF, seed=0):
+    draws = draw_curves(prior, smallest=SIZES[0], largest=SIZES[-1], rng=np.random.default_rng(seed), n_draws=2048)
+    return Candidates(sizes=SIZES, log_time=np.log((half + SIZES) / SIZES)[None, :], curves=draws)
+
+
+def probe(size, samples=1000.0, outcome=ProbeOutcome.REACHED):
+    return TrainingProbe(global_batch_size=size, outcome=outcome, samples=samples)
+
+
+def samples(size, critical):
+    return 1000 * (1 + size / critical)
+
+
+def run_to_the_end(cost_of, found, *, most=8):
+    """Carry out the design against a planted law of samples; infinite: never."""
+    log_time = dict(zip(SIZES.astype(int).tolist(), found.log_time[0].tolist(), strict=True))
+    probes, best, spent = (), math.inf, 0.0
+    while len(probes) < most:
+        proposal = first_probe(found, probes) if not math.isfinite(best) else next_probe(found, probes, best_log_time=math.log(best))
+        if proposal is None:
+            break
+        size = int(SIZES[proposal if isinstance(proposal, int) else proposal.index])
+        needed, pace = cost_of(size), math.exp(log_time[size])
+        if math.isfinite(needed) and needed * pace <= best:
+            probes, best, spent = (*probes, probe(size, needed)), needed * pace, spent + needed * pace
+        else:
+            outcome = ProbeOutcome.STOPPED if math.isfinite(best) else ProbeOutcome.FAILED
+            probes = (*probes, probe(size, best / pace if math.isfinite(best) else 1e5, outcome))
+            spent += min(best, 1e5 * pace)
+    return probes, spent / best
+
+
+def test_planted_laws_are_answered_within_a_tenth_of_the_best_for_the_time_of_a_few_runs():
+    for critical in (30.0, 300.0, 3000.0):
+        found = candidates()
+        probes, spent = run_to_the_end(lambda size, critical=critical: samples(size, critical), found)
+
+        chosen = choose_probed(found, probes).index
+        times = samples(SIZES, critical) * (HALF + SIZES) / SIZES
+        assert times[chosen] <= 1.1 * times.min()
+        assert spent <= 0.6 * times.sum() / times.min()
+
+
+def test_no_size_is_chosen_that_fails_although_it_would_be_the_fastest():
+    found = candidates(half=2000.0)
+
+    probes, _ = run_to_the_end(lambda size: samples(size, 1e4) if size <= 128 else math.inf, found)
+
+    assert SIZES[choose_probed(found, probes).index] <= 128
+
+
+def test_choice_lies_between_the_sizes_that_reached_the_target():
+    probes = (probe(32, samples(32, 1e5)), probe(128, samples(128, 1e5)), probe(64, 900.0, ProbeOutcome.STOPPED))
+
+    index = choose_probed(candidates(), probes).index
+
+    assert SIZES[index] in (32, 128)
+
+
+def test_without_probes_the_least_expected_cost_is_chosen_and_probed_first():
+    found = candidates()
+
+    assert first_probe(found) == choose_probed(found, ()).index == int(np.argmin(found.costs.mean(axis=0)))
+
+
+def test_no_first_probe_when_every_size_was_tried():
+    tried = tuple(probe(int(size), outcome=ProbeOutcome.FAILED) for size in SIZES)
+
+    assert first_probe(candidates(), tried) is None
+
+
+def test_nothing_more_is_trained_when_the_curve_is_known():
+    found = candidates(SURE)
+    index = choose_probed(found, ()).index
+    size = int(SIZES[index])
+    log_time = float(found.log_time[0, index])
+
+    proposal = next_probe(found, (probe(size, 1000.0),), best_log_time=math.log(1000) + log_time)
+
+    assert proposal is None
+
+
+def test_a_probe_never_costs_more_than_the_best_run_and_promises_what_it_removes():
+    found = candidates()
+    index = choose_probed(found, ()).index
+    first = probe(int(SIZES[index]), 1000.0)
+    regret_now = choose_probed(found, (first,)).regret
+
+    proposal = next_probe(found, (first,), best_log_time=math.log(1000) + float(found.log_time[0, index]))
+
+    assert proposal is not None
+    assert proposal.index != index
+    assert 0 < proposal.cost <= 1
+    assert 0 < proposal.regret_removed <= regret_now + 0.1
+
+
+def test_no_size_counts_as_more_than_four_times_the_best():
+    costs = candidates().costs
+
+    assert costs.min() == 1
+    assert costs.max() <= LARGEST_COST + 1e-9
