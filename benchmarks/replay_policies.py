@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from replay_traces import Cell, NoiseTrace
+from rightbatch.fits.critical_batch import CALIBRATION_LOG_SD, CALIBRATION_MEDIAN, critical_batch_over_run
 from rightbatch.fits.intervals import normal_draws
 from rightbatch.fits.samples_curve import PRIORS, CurvePrior, LrRegime, draw_curves
-from rightbatch.fits.tradeoff import CALIBRATION_LOG_SD, CALIBRATION_MEDIAN, critical_batch_over_run
 from rightbatch.recommend.probing import LEAST_GAIN, Candidates, choose_probed, first_probe, next_probe
 from rightbatch.records.measurements import ProbeOutcome, TrainingProbe
 
@@ -78,68 +78,79 @@ class Sequential:
         most_probes: Trainings at most.
         least_gain: When to stop earlier; negative: never.
         abort: A probe is stopped at so many times the best time so far.
+        most_runs: No further probe is begun that is expected to bring the time spent above so many runs of the best so far.
         priors: Belief by how the rate goes with the size.
     """
 
     most_probes: int = MOST_PROBES
     least_gain: float = LEAST_GAIN
     abort: float = 1.0
+    most_runs: float = math.inf
     priors: Mapping[LrRegime, CurvePrior] = field(default_factory=lambda: PRIORS)
-    _plans: dict[tuple[object, ...], tuple[int | None, int]] = field(default_factory=dict)
+    _plans: dict[tuple[object, ...], "_Plan"] = field(default_factory=dict)
     _cells: dict[str, Candidates] = field(default_factory=dict)
 
     def __call__(self, cell: Cell, work: np.ndarray) -> Pick:
         probes: tuple[TrainingProbe, ...] = ()
         spent = 0.0
         best = math.inf
-        while (plan := self._plan(cell, probes))[0] is not None:
-            index = plan[0]
-            seconds = work[index] * cell.seconds[index]
-            size, limit = int(cell.sizes[index]), self.abort * best
-            if seconds <= limit and math.isfinite(seconds):
-                probe = TrainingProbe(global_batch_size=size, outcome=ProbeOutcome.REACHED, samples=work[index])
+        while (plan := self._plan(cell, probes)).index is not None and not spent + plan.cost * best > self.most_runs * best:
+            probe, seconds = self._train(cell, plan.index, float(work[plan.index]), best)
+            if probe.outcome is ProbeOutcome.REACHED:
                 best = min(best, seconds)
-            elif math.isfinite(limit):
-                probe = TrainingProbe(global_batch_size=size, outcome=ProbeOutcome.STOPPED, samples=limit / cell.seconds[index])
-                seconds = limit
-            else:
-                probe = TrainingProbe(global_batch_size=size, outcome=ProbeOutcome.FAILED, samples=cell.longest_work)
-                seconds = cell.longest_work * cell.seconds[index]
             spent += seconds
             probes = (*probes, probe)
-        return Pick(plan[1], spent, len(probes))
+        return Pick(plan.choice, spent, len(probes))
 
-    def _plan(self, cell: Cell, probes: tuple[TrainingProbe, ...]) -> tuple[int | None, int]:
-        """Which size to train next, none to stop; and the choice if it stops. Seeds often repeat, so the answer is kept."""
+    def _train(self, cell: Cell, index: int, work: float, best: float) -> tuple[TrainingProbe, float]:
+        """What training a size shows, and the seconds that it takes."""
+        pace, size, limit = float(cell.seconds[index]), int(cell.sizes[index]), self.abort * best
+        if math.isfinite(work) and work * pace <= limit:
+            return TrainingProbe(global_batch_size=size, outcome=ProbeOutcome.REACHED, samples=work), work * pace
+        if math.isfinite(limit):
+            return TrainingProbe(global_batch_size=size, outcome=ProbeOutcome.STOPPED, samples=limit / pace), limit
+        return TrainingProbe(global_batch_size=size, outcome=ProbeOutcome.FAILED, samples=cell.longest_work), cell.longest_work * pace
+
+    def _plan(self, cell: Cell, probes: tuple[TrainingProbe, ...]) -> "_Plan":
+        """Seeds often repeat, so what was decided once is kept."""
         key = (cell.label, *((probe.global_batch_size, probe.outcome, probe.samples) for probe in probes))
         if key not in self._plans:
             if cell.label not in self._cells:
                 self._cells[cell.label] = _candidates(cell, self.priors[cell.regime])
             candidates = self._cells[cell.label]
-            self._plans[key] = (self._next(candidates, probes), choose_probed(candidates, probes).index)
+            index, cost = self._next(candidates, probes)
+            self._plans[key] = _Plan(index, cost, choose_probed(candidates, probes).index)
         return self._plans[key]
 
-    def _next(self, candidates: Candidates, probes: tuple[TrainingProbe, ...]) -> int | None:
+    def _next(self, candidates: Candidates, probes: tuple[TrainingProbe, ...]) -> tuple[int | None, float]:
         if len(probes) >= self.most_probes:
-            return None
+            return None, 0.0
         log_time = dict(zip(candidates.sizes.astype(int).tolist(), candidates.log_time[0].tolist(), strict=True))
         reached = [p for p in probes if p.outcome is ProbeOutcome.REACHED]
         if not reached:
-            return first_probe(candidates, probes)
+            return first_probe(candidates, probes), 0.0
         best = min(math.log(p.samples) + log_time[p.global_batch_size] for p in reached)
-        limit = best + math.log(self.abort)
-        proposal = next_probe(candidates, probes, best_log_time=limit, least_gain=self.least_gain)
-        return None if proposal is None else proposal.index
+        proposal = next_probe(candidates, probes, best_log_time=best + math.log(self.abort), least_gain=self.least_gain)
+        return (None, 0.0) if proposal is None else (proposal.index, proposal.cost * self.abort)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which size to train next, none to stop; what that should cost in runs of the best so far; and the choice without it."""
+
+    index: int | None
+    cost: float
+    choice: int
 
 
 def _candidates(cell: Cell, prior: CurvePrior) -> Candidates:
-    curves = _curves(prior, float(cell.sizes[0]), float(cell.sizes[-1]))
+    curves = _curves(prior, math.sqrt(cell.sizes[0] * cell.sizes[-1]))
     return Candidates(sizes=cell.sizes, log_time=np.log(cell.seconds)[None, :], curves=curves)
 
 
 @functools.lru_cache(maxsize=64)
-def _curves(prior: CurvePrior, smallest_size: float, largest_size: float):
-    return draw_curves(prior, smallest=smallest_size, largest=largest_size, rng=np.random.default_rng(0), n_draws=DRAWS)
+def _curves(prior: CurvePrior, middle: float):
+    return draw_curves(prior, middle=middle, rng=np.random.default_rng(0), n_draws=DRAWS)
 
 
 def nearest(cell: Cell, size: float) -> int:

@@ -13,7 +13,7 @@ from rightbatch.records.plan import BatchPlan, Constraints, Findings, Goal, Obje
 from rightbatch.report.html import render_html, render_notebook
 from rightbatch.report.text import render_text
 from rightbatch.tuner.find import find as find_run
-from rightbatch.tuner.request import Request, SilentProgress
+from rightbatch.tuner.request import FROZEN_PARTS, Part, Request, SilentProgress
 from rightbatch.units import parse_bytes, parse_duration_s
 from rightbatch.workload.ingredients import Precision, Workload
 
@@ -84,6 +84,7 @@ def find(
     limit: str | None = None,
     max_batch: int | None = None,
     max_global_batch: int | None = None,
+    verify: bool = False,
     device: str = "auto",
     precision: Precision | None = None,
     seed: int = 0,
@@ -103,6 +104,7 @@ def find(
         limit: Most memory that training may use, such as ``24GiB``; ``None`` takes what is free.
         max_batch: Largest micro-batch to consider, in samples.
         max_global_batch: Largest global batch to consider, in samples.
+        verify: Whether to check the answer by training from a checkpoint at several sizes, which takes half of the budget.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         precision: Overrides the workload's precision.
         seed: Seed of everything random.
@@ -121,6 +123,7 @@ def find(
         RankError: Another rank failed; the message names it and its reason.
     """
     request = Request(
+        parts=FROZEN_PARTS | ({Part.BRANCHES} if verify else set()),
         objective=Objective(goal=Goal(goal)),
         constraints=Constraints(max_global_batch_size=max_global_batch),
         device=device,

@@ -51,6 +51,19 @@ def test_second_find_answers_from_the_folder_without_torch(here: Run, project: P
     assert second == {**first, "reused_parts": list(EVERYTHING), "duration_s": 0.0}
 
 
+def test_a_check_by_training_is_kept_and_asked_for_once(here: Run, project: Path) -> None:
+    words = ("find", "train.py:workload", "--verify", *QUICK)
+
+    first = json.loads(here(*words, "--json").out)
+    second, imported_torch = elsewhere(*words)
+    unchecked, _ = elsewhere("find", "train.py:workload", *QUICK)
+
+    assert first["branches"]["points"] or first["branches"]["remarks"]
+    assert not imported_torch
+    assert second["reused_parts"] == [*EVERYTHING, "branches"]
+    assert unchecked["branches"] == first["branches"]
+
+
 def test_that_check_can_fail(here: Run, project: Path) -> None:
     here("memory", "train.py:workload", *QUICK)
 

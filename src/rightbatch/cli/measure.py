@@ -87,7 +87,7 @@ def build_request(command: str, measuring: MeasureOptions, wanted: FindOptions, 
     from rightbatch.tuner.request import Part, Request
 
     return Request(
-        parts=frozenset(Part(part) for part in PARTS[command]),
+        parts=frozenset(Part(part) for part in (*PARTS[command], *(("branches",) if wanted.verify else ()))),
         objective=Objective(goal=Goal(wanted.goal)),
         constraints=Constraints(max_global_batch_size=wanted.max_global_batch, world_size=wanted.world_size),
         device=measuring.device,

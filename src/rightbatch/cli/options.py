@@ -91,6 +91,8 @@ class FindOptions:
     """Largest global batch size to recommend, in samples."""
     world_size: Positive = 1
     """Processes that will train together (data parallel)."""
+    verify: Flag = False
+    """Check the answer by training from a checkpoint at several sizes; takes half of the budget."""
 
 
 @Parameter(name="*")

@@ -2,7 +2,7 @@
 
 import copy
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -208,6 +208,18 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002  # users' transforms draw from the legacy generator
     torch.manual_seed(seed)
+
+
+def shuffled_epochs(size: int, seed: int) -> Iterator[int]:
+    """Yield the indices of a dataset in random order, epoch after epoch, without end.
+
+    Args:
+        size: Samples in the dataset.
+        seed: Seed of the order.
+    """
+    generator = np.random.default_rng(seed)
+    while True:
+        yield from generator.permutation(size).tolist()
 
 
 def resolve_device(name: str) -> torch.device:

@@ -8,7 +8,7 @@ too hot, delta a smooth discrepancy:
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -32,9 +32,9 @@ class CurvePrior:
     """Belief about the curve before any training; medians of log-normal laws and the spreads of the logarithms.
 
     Attributes:
-        critical_over_largest: B_c over the largest candidate, where no gradient noise was measured.
+        critical_over_middle: B_c over the middle size, where no gradient noise was measured.
         critical_log_sd: Its spread.
-        low_over_smallest: b_lo over the smallest candidate; 0: none.
+        low_over_middle: b_lo over the middle size; 0: none.
         low_log_sd: Its spread.
         exponent_log_sd: Spread of a around 1.
         discrepancy_sd: Standard deviation of delta.
@@ -46,9 +46,9 @@ class CurvePrior:
         failing_log_sd: Its spread.
     """
 
-    critical_over_largest: float = 1.0
+    critical_over_middle: float = 10.0
     critical_log_sd: float = math.log(6)
-    low_over_smallest: float
+    low_over_middle: float
     low_log_sd: float = math.log(6)
     exponent_log_sd: float = 0.25
     discrepancy_sd: float = 0.15
@@ -56,16 +56,18 @@ class CurvePrior:
     run_log_sd: float = 0.06
     run_log_sd_log_sd: float = 0.7
     heat: float
-    failing_over_critical: float = 30.0
+    failing_over_critical: float = 10.0
     failing_log_sd: float = math.log(5)
 
 
 PRIORS: dict[LrRegime, CurvePrior] = {
-    "tuned": CurvePrior(low_over_smallest=0.0, heat=0.0),
-    "coupled": CurvePrior(low_over_smallest=0.2, heat=0.3),
-    "fixed": CurvePrior(low_over_smallest=2.0, heat=0.6, critical_over_largest=4.0),
+    "tuned": CurvePrior(low_over_middle=0.0, heat=0.0),
+    "coupled": CurvePrior(low_over_middle=0.03, heat=0.3),
+    "fixed": CurvePrior(low_over_middle=1.0, heat=0.6),
 }
 """How each was chosen, and how it does without the data it was chosen on: docs/theory/samples_curve.md."""
+HYPERBOLA = CurvePrior(low_over_middle=0.0, heat=0.0, exponent_log_sd=0.0, discrepancy_sd=0.0)
+"""E = E_min (1 + b / B_c) and nothing else: what is believed of a curve that no training has tested."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,8 @@ class CurveDraws:
         """Log E(b) - log E_min of each draw, shape (draws, sizes)."""
         log_sizes = np.log(np.asarray(sizes, dtype=np.float64))[None, :]
         rising = np.log1p(np.exp(self.exponent[:, None] * (log_sizes - self.log_critical[:, None])))
+        if self.discrepancy_sd == 0:
+            return np.asarray(rising + self._too_hot(log_sizes))
         angles = self.frequencies[:, :, None] * log_sizes[:, None, :] + self.phases[:, :, None]
         discrepancy = self.discrepancy_sd * math.sqrt(2 / self.frequencies.shape[1]) * np.cos(angles).sum(axis=1)
         return np.asarray(rising + self._too_hot(log_sizes) + discrepancy)
@@ -104,6 +108,20 @@ class CurveDraws:
     def fails(self, sizes: FloatArray) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
         """Whether no run reaches the target, shape (draws, sizes)."""
         return np.asarray(np.log(np.asarray(sizes, dtype=np.float64))[None, :] > self.log_failing[:, None])
+
+    def rows(self, rows: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> "CurveDraws":
+        """Some of the draws, in this order."""
+        return replace(
+            self,
+            log_critical=self.log_critical[rows],
+            exponent=self.exponent[rows],
+            log_low=self.log_low[rows],
+            frequencies=self.frequencies[rows],
+            phases=self.phases[rows],
+            run_log_sd=self.run_log_sd[rows],
+            log_failing=self.log_failing[rows],
+            level_normal=self.level_normal[rows],
+        )
 
     def _too_hot(self, log_sizes: FloatArray) -> FloatArray:
         return np.asarray(np.log1p(np.exp(self.log_low[:, None] - log_sizes)))
@@ -122,8 +140,7 @@ class CurvePosterior:
 def draw_curves(
     prior: CurvePrior,
     *,
-    smallest: float,
-    largest: float,
+    middle: float,
     rng: np.random.Generator,
     n_draws: int,
     critical: FloatArray | None = None,
@@ -132,8 +149,8 @@ def draw_curves(
 
     Args:
         prior: The belief.
-        smallest: Smallest candidate size, in samples.
-        largest: Largest candidate size, in samples.
+        middle: The size that the rate was tuned at, in samples; where that is not known, the geometric middle of the candidates, each of
+            which may be it.
         rng: Source of the draws.
         n_draws: Number of draws.
         critical: Draws of the critical batch size from measured gradient noise, in samples, shape (n_draws,); none takes the prior's.
@@ -145,9 +162,9 @@ def draw_curves(
     if critical is not None:
         log_critical = np.log(critical)
     else:
-        log_critical = math.log(prior.critical_over_largest * largest) + prior.critical_log_sd * normal[0]
-    has_low = prior.low_over_smallest > 0
-    low = math.log(prior.low_over_smallest * smallest) + prior.low_log_sd * normal[2] if has_low else np.full(n_draws, _NO_LOW)
+        log_critical = math.log(prior.critical_over_middle * middle) + prior.critical_log_sd * normal[0]
+    has_low = prior.low_over_middle > 0
+    low = math.log(prior.low_over_middle * middle) + prior.low_log_sd * normal[2] if has_low else np.full(n_draws, _NO_LOW)
     return CurveDraws(
         log_critical=log_critical,
         exponent=np.exp(prior.exponent_log_sd * normal[1]),

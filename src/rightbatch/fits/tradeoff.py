@@ -4,13 +4,15 @@ Symbols: b global batch size, B_crit critical batch size, t(b) step time; T(b) =
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from rightbatch.errors import UsageError
+from rightbatch.fits.critical_batch import curves_of, has_failed
 from rightbatch.fits.intervals import FloatArray, log_standard_error, normal_draws
+from rightbatch.fits.samples_curve import CurveDraws
 from rightbatch.fits.step_time import StepTimeLaw
 from rightbatch.records.estimates import (
     Estimate,
@@ -23,21 +25,10 @@ from rightbatch.records.estimates import (
     Tradeoff,
     TradeoffPoint,
 )
-from rightbatch.records.measurements import WorkloadSummary
+from rightbatch.records.measurements import BranchMeasurements, WorkloadSummary
 from rightbatch.records.plan import Constraints, Goal, Objective
 
 N_DRAWS = 2048
-CALIBRATION_MEDIAN = 1.0
-"""B_crit over the run's noise scale: 0.12-0.5 for image classifiers (McCandlish et al. 2018, table 1), 0.56-4 elsewhere (theory page)."""
-CALIBRATION_LOG_SD = math.log(3)
-GROWTH_WITH_PILOT_MEDIAN = 4.0
-"""The run's noise scale over a short pilot's: pilots over the first 8 % of two runs were 3-5 times too small (theory page)."""
-GROWTH_WITH_PILOT_LOG_SD = math.log(2)
-GROWTH_WITHOUT_PILOT_MEDIAN = 8.0
-"""The run's noise scale over that at initialisation: smaller still than a pilot's, and less known (theory page)."""
-GROWTH_WITHOUT_PILOT_LOG_SD = math.log(3)
-AT_LEAST_LOG_SD = math.log(10)
-"""Spread of the half-normal prior above a bound that is all that is known."""
 UNREPEATED_LOG_SD = 0.05
 """Spread of a step time that was measured in one round only."""
 LARGEST_SHARE_OF_DATASET = 4
@@ -65,8 +56,8 @@ class CostDraws:
     """Seconds of a step without the loader's limit."""
     loader_samples_per_s: FloatArray | None
     """Of one process, one number a draw; none when the loader was not measured."""
-    critical_batch_size: FloatArray | None
-    """In samples, one number a draw; none when the noise is unknown."""
+    curves: CurveDraws | None
+    """Samples to the target; none when the noise is unknown."""
     energy_per_step_j: FloatArray | None
     """One number a candidate."""
     measured_sizes: FloatArray
@@ -76,6 +67,11 @@ class CostDraws:
     optimizer_time_s: float
     law: StepTimeLaw | None
     world_size: int = 1
+
+    @property
+    def critical_batch_size(self) -> FloatArray | None:
+        """In samples, one number a draw; none when the noise is unknown."""
+        return None if self.curves is None else np.asarray(np.exp(self.curves.log_critical))
 
     @property
     def sizes(self) -> FloatArray:
@@ -93,9 +89,15 @@ class CostDraws:
         return np.maximum(compute_time_s, sizes[None, :] / self.world_size / self.loader_samples_per_s[:, None])
 
     def steps(self, sizes: FloatArray) -> FloatArray:
-        """Steps to the target over the least possible, 1 + B_crit / b; all ones when the noise is unknown."""
-        critical = np.zeros(len(self.compute_time_s)) if self.critical_batch_size is None else self.critical_batch_size
-        return 1 + critical[:, None] / sizes[None, :]
+        """Steps to the target over the least possible, E(b) / E_min B_crit / b; all ones when the noise is unknown."""
+        if self.curves is None or self.critical_batch_size is None:
+            return np.ones((len(self.compute_time_s), len(sizes)))
+        return np.asarray(np.exp(self.curves.log_samples(sizes)) * self.critical_batch_size[:, None] / sizes[None, :])
+
+    def times_critical(self, factor: float) -> "CostDraws":
+        """The same draws with another critical batch size."""
+        curves = self.curves
+        return self if curves is None else replace(self, curves=replace(curves, log_critical=curves.log_critical + math.log(factor)))
 
     def time(self) -> FloatArray:
         """T(b) up to a constant."""
@@ -126,56 +128,6 @@ class CostDraws:
         return self.energy() if goal is Goal.ENERGY else self.time()
 
 
-def critical_batch_draws(noise: NoiseScale, rng: np.random.Generator, n_draws: int) -> FloatArray | None:
-    """Posterior draws of the critical batch size: log B_crit = log B + log c + log g.
-
-    B is the measured noise scale with its error, c the calibration of B_crit against it, g its growth over the rest of the run. Known only
-    from below, B is drawn above its bound with a wide half-normal in the logarithm. Priors are the constants of this module.
-
-    Returns:
-        Samples, one number a draw; none when the noise scale says nothing.
-    """
-    measured = normal_draws(rng, n_draws)
-    if noise.status is Status.AT_LEAST and noise.low is not None and noise.low > 0:
-        log_noise = math.log(noise.low) + AT_LEAST_LOG_SD * np.abs(measured)
-    elif noise.status is Status.OK and noise.value is not None and noise.value > 0:
-        log_noise = math.log(noise.value) + _noise_log_sd(noise) * measured
-    else:
-        return None
-    median, log_sd = (
-        (GROWTH_WITH_PILOT_MEDIAN, GROWTH_WITH_PILOT_LOG_SD)
-        if noise.pilot_samples > 0
-        else (GROWTH_WITHOUT_PILOT_MEDIAN, GROWTH_WITHOUT_PILOT_LOG_SD)
-    )
-    log_calibration = math.log(CALIBRATION_MEDIAN) + CALIBRATION_LOG_SD * normal_draws(rng, n_draws)
-    log_growth = math.log(median) + log_sd * normal_draws(rng, n_draws)
-    return np.asarray(np.exp(log_noise + log_calibration + log_growth))
-
-
-def critical_batch_over_run(
-    *, shares: FloatArray, sq_norm: FloatArray, trace: FloatArray, batch_size: float, calibration: FloatArray
-) -> FloatArray:
-    """Critical batch size of a whole run whose noise was seen along it, one number a draw of the calibration c.
-
-    A run at b0 that spends dt samples at noise scale B = S / G would at b spend dt (b + c B) / (b0 + c B), so that
-
-        E(b) / E(b0) = sum dt (b G + c S) / (b0 G + c S),   B_crit = c sum(w S) / sum(w G),   w = dt / (b0 G + c S).
-
-    Args:
-        shares: Samples that each record stands for, dt, shape (records,).
-        sq_norm: |G|**2 at each record.
-        trace: tr Sigma of one sample at each record.
-        batch_size: b0, in samples.
-        calibration: Draws of c.
-
-    Source:
-        McCandlish et al. 2018, arXiv:1812.06162, appendix D.1, with the calibration inside the weights.
-    """
-    scaled = calibration[:, None] * trace[None, :]
-    weights = shares[None, :] / (batch_size * sq_norm[None, :] + scaled)
-    return np.asarray((weights * scaled).sum(axis=1) / (weights * sq_norm[None, :]).sum(axis=1))
-
-
 def draw_costs(
     *,
     step_time: StepTimeCurve,
@@ -185,17 +137,20 @@ def draw_costs(
     workload: WorkloadSummary,
     constraints: Constraints,
     rng: np.random.Generator,
+    branches: BranchMeasurements | None = None,
 ) -> CostDraws | None:
     """Draw what each candidate costs; none when no timed size is allowed.
 
     Candidates are all timed sizes and, beyond the largest of them, 2, 4, 8, ... accumulated micro-batches of the best throughput, where the
-    loss lets a batch be split. With accumulation, t = A (t_micro - t_optimizer) + t_optimizer.
+    loss lets a batch be split. With accumulation, t = A (t_micro - t_optimizer) + t_optimizer. Training from a checkpoint at several sizes
+    weighs the draws; a size that failed there is no candidate, nor is any beyond it.
     """
     timed = [point for point in step_time.points if point.step_time_s.value is not None]
     if memory is not None and memory.ceiling is not None:
         ceiling = memory.ceiling
         timed = [point for point in timed if point.micro_batch_size <= ceiling]
     chosen = candidates(timed, workload, constraints, accumulation_ceiling=None if memory is None else memory.accumulation_ceiling)
+    chosen = tuple(candidate for candidate in chosen if not has_failed(candidate.global_batch_size, branches))
     if not chosen:
         return None
     times_s = np.column_stack([_step_time_draws(point, rng) for point in timed])
@@ -212,7 +167,7 @@ def draw_costs(
         candidates=chosen,
         compute_time_s=compute,
         loader_samples_per_s=None if loader is None else _rate_draws(loader.samples_per_s, rng),
-        critical_batch_size=None if noise_scale is None else critical_batch_draws(noise_scale, rng, N_DRAWS),
+        curves=None if noise_scale is None else curves_of(noise_scale, branches, rng, N_DRAWS),
         energy_per_step_j=np.array([c.accumulation_steps * (energy or 0.0) for c, energy in zip(chosen, energies, strict=True)])
         if all(energies)
         else None,
@@ -297,6 +252,7 @@ def fit_tradeoff(
     objective: Objective,
     constraints: Constraints,
     rng: np.random.Generator,
+    branches: BranchMeasurements | None = None,
 ) -> Tradeoff:
     """Predicted cost of every candidate size relative to the best, draw by draw, and its expected regret.
 
@@ -310,19 +266,26 @@ def fit_tradeoff(
         McCandlish et al. 2018, arXiv:1812.06162, equation 2.11; docs/theory/tradeoff.md.
     """
     draws = draw_costs(
-        step_time=step_time, loader=loader, noise_scale=noise_scale, memory=memory, workload=workload, constraints=constraints, rng=rng
+        step_time=step_time,
+        loader=loader,
+        noise_scale=noise_scale,
+        memory=memory,
+        workload=workload,
+        constraints=constraints,
+        rng=rng,
+        branches=branches,
     )
     unknown = Estimate(value=None, low=None, high=None, n=0, status=Status.INDETERMINATE)
     if draws is None:
         return Tradeoff(status=Status.INDETERMINATE, critical_batch_size=unknown, points=(), remarks=("No timed size is allowed.",))
-    if draws.critical_batch_size is None or noise_scale is None:
+    if draws.curves is None or draws.critical_batch_size is None or noise_scale is None:
         draws.objective(objective.goal)
         points = tuple(_point(draws, i, unknown, unknown, None, None) for i in range(len(draws.candidates)))
         remark = "Without a noise scale nothing is known about how many samples each size needs."
         return Tradeoff(status=Status.INDETERMINATE, critical_batch_size=unknown, points=points, remarks=(remark,))
     regret = (relative_to_best(draws.objective(objective.goal)) - 1).mean(axis=0)
     time = relative_to_best(draws.time())
-    samples = 1 + draws.sizes[None, :] / draws.critical_batch_size[:, None]
+    samples = np.exp(draws.curves.log_samples(draws.sizes))
     energy = relative_to_best(draws.energy()) if draws.energy_per_step_j is not None else None
     points = tuple(
         _point(
@@ -331,13 +294,6 @@ def fit_tradeoff(
         for i in range(len(draws.candidates))
     )
     return Tradeoff(status=noise_scale.status, critical_batch_size=_critical(draws.critical_batch_size, noise_scale), points=points)
-
-
-def _noise_log_sd(noise: NoiseScale) -> float:
-    """Standard error of the logarithm of the noise scale; wide where the interval reaches down to zero."""
-    if not noise.low:
-        return AT_LEAST_LOG_SD
-    return log_standard_error(Estimate(value=noise.value, low=noise.low, high=noise.high, n=noise.n))
 
 
 def _critical(draws: FloatArray, noise: NoiseScale) -> Estimate:

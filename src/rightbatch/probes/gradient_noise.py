@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from rightbatch.engine.gradients import GradientBlocks, block_limit, flat_gradient
-from rightbatch.engine.rig import Rig
+from rightbatch.engine.rig import Rig, shuffled_epochs
 from rightbatch.engine.step import Trainee, backward_mean, clear_gradients, train_step
 from rightbatch.records.measurements import GradientNoiseMeasurements, GradientNorms, NoiseProblem
 
@@ -52,7 +52,7 @@ def measure(
     pilot_s = budget_s / 3 / _PILOT_SNAPSHOTS
     snapshots: list[GradientNorms] = []
     samples_seen = 0
-    order = _epochs(rig.train_size, rig.seed + 1)
+    order = shuffled_epochs(rig.train_size, rig.seed + 1)
     problem: NoiseProblem | None = None
     lr = float(trainee.optimizer.param_groups[0]["lr"])
     for index in range(1 + _PILOT_SNAPSHOTS):
@@ -92,13 +92,6 @@ def _pilot(rig: Rig, trainee: Trainee, order: Iterator[int], batch_size: int, sa
         train_step(trainee, [rig.real_batch([next(order) for _ in range(batch_size)])])
         seen += batch_size
     return seen
-
-
-def _epochs(size: int, seed: int) -> Iterator[int]:
-    """Yield shuffled indices, epoch after epoch."""
-    generator = np.random.default_rng(seed)
-    while True:
-        yield from generator.permutation(size).tolist()
 
 
 def _snapshot(

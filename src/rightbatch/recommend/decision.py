@@ -10,7 +10,7 @@ from rightbatch.fits.tradeoff import CostDraws, draw_costs, relative_to_best, su
 from rightbatch.recommend.advice import Context, advise
 from rightbatch.recommend.choice import binding_constraint, choose, equivalents, relative_time
 from rightbatch.records.estimates import LoaderCurve, MemoryCurve, NoiseScale, Status, StepTimeCurve, Tradeoff
-from rightbatch.records.measurements import WorkloadSummary
+from rightbatch.records.measurements import BranchMeasurements, WorkloadSummary
 from rightbatch.records.plan import BatchPlan, Comparison, Constraints, LrCoupling, Objective, Recommendation, Sensitivity
 
 WIDEST_FACTOR = 10.0
@@ -33,6 +33,7 @@ class _Request:
     objective: Objective
     constraints: Constraints
     tradeoff: Tradeoff | None
+    branches: BranchMeasurements | None
 
 
 def recommend(
@@ -46,6 +47,7 @@ def recommend(
     constraints: Constraints,
     tradeoff: Tradeoff | None,
     rng: np.random.Generator,
+    branches: BranchMeasurements | None = None,
 ) -> Recommendation:
     """The batch size to use, how sure it is, and why.
 
@@ -59,6 +61,7 @@ def recommend(
         constraints: Bounds that do not come from a measurement.
         tradeoff: The trade-off fitted to the same estimates.
         rng: A generator in the same state as the one the trade-off was drawn with gives the very same draws.
+        branches: Training from a checkpoint at several sizes; none when that was not asked for.
 
     Returns:
         A recommendation; ``plan`` is none when nothing fits or nothing was timed.
@@ -66,17 +69,24 @@ def recommend(
     Raises:
         UsageError: The goal is energy and none was measured.
     """
-    request = _Request(step_time, loader, noise_scale, memory, workload, objective, constraints, tradeoff)
+    request = _Request(step_time, loader, noise_scale, memory, workload, objective, constraints, tradeoff, branches)
     if memory is not None and memory.status is Status.NOTHING_FITS:
         return _without_plan(request, "nothing_fits")
     if step_time is None:
         return _without_plan(request, "inconclusive")
     draws = draw_costs(
-        step_time=step_time, loader=loader, noise_scale=noise_scale, memory=memory, workload=workload, constraints=constraints, rng=rng
+        step_time=step_time,
+        loader=loader,
+        noise_scale=noise_scale,
+        memory=memory,
+        workload=workload,
+        constraints=constraints,
+        rng=rng,
+        branches=branches,
     )
     if draws is None:
         return _without_plan(request, "inconclusive")
-    if draws.critical_batch_size is None:
+    if draws.curves is None:
         draws.objective(objective.goal)
         return _at_knee(request, draws, step_time)
     return _at_optimum(request, draws, step_time)
@@ -142,7 +152,7 @@ def _at_optimum(request: _Request, draws: CostDraws, step_time: StepTimeCurve) -
             objective=objective,
             constraints=request.constraints,
         ),
-        evidence_level=1,
+        evidence_level=3 if trained_sizes(request.branches) > 1 else 1,
         expected_regret=max(float(regret), 0.0),
         equivalent_batch_sizes=equivalents(draws, objective, chosen),
         lr=lr,
@@ -150,6 +160,11 @@ def _at_optimum(request: _Request, draws: CostDraws, step_time: StepTimeCurve) -
         sensitivities=_sensitivities(request, draws),
         advice=advise(_context(request, status, plan)),
     )
+
+
+def trained_sizes(branches: BranchMeasurements | None) -> int:
+    """How many sizes were trained from the checkpoint."""
+    return 0 if branches is None else len({probe.result.global_batch_size for probe in branches.probes})
 
 
 def _is_narrow(tradeoff: Tradeoff | None) -> bool:
@@ -205,12 +220,11 @@ def _comparisons(request: _Request, draws: CostDraws, chosen: int) -> tuple[Comp
 
 def _sensitivities(request: _Request, draws: CostDraws) -> tuple[Sensitivity, ...]:
     """What the choice would be if one thing were different: the same draws, judged again."""
-    critical = draws.critical_batch_size
-    if critical is None:
+    if draws.curves is None:
         return ()
     variants = [
-        ("noise scale 4x smaller", replace(draws, critical_batch_size=critical / _NOISE_FACTOR)),
-        ("noise scale 4x larger", replace(draws, critical_batch_size=critical * _NOISE_FACTOR)),
+        ("noise scale 4x smaller", draws.times_critical(1 / _NOISE_FACTOR)),
+        ("noise scale 4x larger", draws.times_critical(_NOISE_FACTOR)),
     ]
     if np.any(np.median(draws.step_time_s(), axis=0) > 1.02 * np.median(draws.compute_time_s, axis=0)):
         variants.append(("no loader limit", replace(draws, loader_samples_per_s=None)))

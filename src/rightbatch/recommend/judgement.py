@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from rightbatch.fits.branch import fit_branches
 from rightbatch.fits.loader import fit_loader
 from rightbatch.fits.memory import fit_memory
 from rightbatch.fits.noise_scale import fit_noise_scale
@@ -55,6 +56,7 @@ def judge(
             objective=objective,
             constraints=constraints,
             rng=np.random.default_rng(rng_seed),
+            branches=measurements.branches,
         )
     recommendation = recommend(
         step_time=step_time,
@@ -66,6 +68,7 @@ def judge(
         constraints=constraints,
         tradeoff=tradeoff,
         rng=np.random.default_rng(rng_seed),
+        branches=measurements.branches,
     )
     return Findings(
         workload=workload,
@@ -77,6 +80,7 @@ def judge(
         loader=loader,
         noise_scale=noise_scale,
         tradeoff=tradeoff,
+        branches=None if measurements.branches is None else fit_branches(measurements.branches, tradeoff),
         reused_parts=reused_parts,
         measured_at=measured_at,
         duration_s=duration_s,

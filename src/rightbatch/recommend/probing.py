@@ -28,12 +28,14 @@ class Candidates:
     Attributes:
         sizes: Global batch sizes in samples, ascending, shape (sizes,).
         log_time: Log seconds a sample, shape (draws, sizes) or (1, sizes).
-        curves: Draws of the samples to the target.
+        curves: Draws of the samples to the target of a probe.
+        run: The same draws for the run that the choice is for, where that is another than the probes'; none: it is theirs.
     """
 
     sizes: FloatArray
     log_time: FloatArray
     curves: CurveDraws
+    run: CurveDraws | None = None
 
     @cached_property
     def log_samples(self) -> FloatArray:
@@ -43,8 +45,9 @@ class Candidates:
     @cached_property
     def costs(self) -> FloatArray:
         """Mean time to the target over that of each draw's best size, shape (draws, sizes), at most ``LARGEST_COST``."""
-        log_cost = self.log_samples + self.curves.log_straggling(self.sizes) + self.log_time
-        log_cost = np.where(self.curves.fails(self.sizes), math.inf, log_cost)
+        curves = self.run or self.curves
+        log_cost = curves.log_samples(self.sizes) + curves.log_straggling(self.sizes) + self.log_time
+        log_cost = np.where(curves.fails(self.sizes), math.inf, log_cost)
         best = log_cost.min(axis=1, keepdims=True)
         relative = np.where(np.isfinite(best), log_cost - np.where(np.isfinite(best), best, 0.0), math.log(LARGEST_COST))
         return np.asarray(np.exp(np.minimum(relative, math.log(LARGEST_COST))))
@@ -183,6 +186,10 @@ class _Simulation:
 
 
 def _allowed(candidates: Candidates, probes: Sequence[TrainingProbe]) -> list[int]:
+    """Sizes that may be chosen; where probes see only a part of the run, what they show of a slow size does not rule it out."""
+    if candidates.run is not None:
+        failed = {probe.global_batch_size for probe in probes if probe.outcome is ProbeOutcome.FAILED}
+        return [i for i, size in enumerate(candidates.sizes) if int(size) not in failed]
     reached = {probe.global_batch_size for probe in probes if probe.outcome is ProbeOutcome.REACHED}
     in_vain = {probe.global_batch_size for probe in probes} - reached
     if not reached:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from rightbatch.records.measurements import MemoryLimit, MemoryPoint, Outcome
+from rightbatch.records.measurements import MemoryLimit, MemoryPoint, Outcome, ProbeOutcome
 from rightbatch.records.record import Record
 
 
@@ -262,4 +262,29 @@ class Tradeoff(Record):
     """B_crit: posterior median and 90 % interval, in samples."""
     points: tuple[TradeoffPoint, ...]
     """In ascending order of the global batch size."""
+    remarks: tuple[str, ...] = ()
+
+
+class BranchPoint(Record):
+    """What one branch needed to the common loss, relative to the first branch."""
+
+    global_batch_size: PositiveInt
+    lr: PositiveFloat | None
+    outcome: ProbeOutcome
+    relative_samples: PositiveFloat
+    """Samples over the first branch's; a lower bound when the branch was stopped or failed."""
+    relative_time: PositiveFloat | None
+    """Seconds over the first branch's, from the measured step times; a lower bound likewise; none where the size was not timed."""
+
+
+class BranchCurve(Record):
+    """Training from one checkpoint at several sizes, each with its coupled learning rate."""
+
+    status: Status
+    """``indeterminate`` when fewer than two sizes could be trained."""
+    checkpoint_samples: NonNegativeInt
+    evaluated_samples: NonNegativeInt
+    target_loss: float | None
+    points: tuple[BranchPoint, ...]
+    """In the order of training."""
     remarks: tuple[str, ...] = ()

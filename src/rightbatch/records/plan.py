@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from rightbatch.records.environment import Environment
-from rightbatch.records.estimates import Estimate, LoaderCurve, MemoryCurve, NoiseScale, StepTimeCurve, Tradeoff
+from rightbatch.records.estimates import BranchCurve, Estimate, LoaderCurve, MemoryCurve, NoiseScale, StepTimeCurve, Tradeoff
 from rightbatch.records.measurements import WorkloadSummary
 from rightbatch.records.record import SCHEMA_VERSION, Record
 
@@ -152,6 +152,8 @@ class Findings(Record):
     loader: LoaderCurve | None
     noise_scale: NoiseScale | None
     tradeoff: Tradeoff | None
+    branches: BranchCurve | None = None
+    """None unless the answer was checked by training."""
     reused_parts: tuple[str, ...] = ()
     """Measurements taken over from an earlier run of the same thing."""
     measured_at: str

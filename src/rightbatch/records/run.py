@@ -28,6 +28,7 @@ from rightbatch.records.document import (
 )
 from rightbatch.records.environment import Environment
 from rightbatch.records.measurements import (
+    BranchMeasurements,
     GradientNoiseMeasurements,
     LoaderMeasurements,
     Measurements,
@@ -50,6 +51,7 @@ PART_KINDS: Mapping[str, type[Record]] = {
     "step_time": StepTimeMeasurements,
     "loader": LoaderMeasurements,
     "gradient_noise": GradientNoiseMeasurements,
+    "branches": BranchMeasurements,
 }
 """The record that each part's file holds."""
 
@@ -263,12 +265,14 @@ class RunFolder:
         step_time = self.read_part("step_time", StepTimeMeasurements)
         loader = self.read_part("loader", LoaderMeasurements)
         noise = self.read_part("gradient_noise", GradientNoiseMeasurements)
+        branches = self.read_part("branches", BranchMeasurements)
         return Measurements(
             workload=workload.record,
             memory=memory and memory.record,
             step_time=step_time and step_time.record,
             loader=loader and loader.record,
             gradient_noise=noise and noise.record,
+            branches=branches and branches.record,
         )
 
     def oldest_measured_at(self) -> str | None:

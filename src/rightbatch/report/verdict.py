@@ -5,7 +5,7 @@ from datetime import datetime
 
 from rightbatch.records.estimates import MemoryCurve, NoiseScale, Status, ThroughputPoint, TradeoffPoint
 from rightbatch.records.plan import BatchPlan, Findings, LrCoupling, Recommendation
-from rightbatch.report import decision_sections, measured_sections
+from rightbatch.report import branch_section, decision_sections, measured_sections
 from rightbatch.report.document import KeyNumber, Section, SizeRow, Verdict
 from rightbatch.report.phrases import estimate, listed, number, percent, plain, split
 from rightbatch.units import format_bytes, format_number
@@ -240,6 +240,7 @@ def _sections(findings: Findings, now: datetime | None) -> tuple[Section, ...]:
     sections = (
         decision_sections.why(findings),
         decision_sections.advice(findings),
+        branch_section.branches(findings),
         decision_sections.sizes(findings),
         measured_sections.memory(findings),
         measured_sections.speed(findings),

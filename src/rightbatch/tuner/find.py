@@ -160,8 +160,6 @@ def _folder_name(source: Source, request: Request, rank_count: int) -> str:
 
 
 def _measure_and_judge(asked: _Asked, kept: Kept) -> Findings:
-    from rightbatch.recommend import judge
-
     request = asked.request
     taken_over = kept.part_names
     waiting = frozenset(part for part in request.parts | {Part.MEMORY} if part.value not in kept.parts)
@@ -171,21 +169,27 @@ def _measure_and_judge(asked: _Asked, kept: Kept) -> Findings:
         if kept.folder is not None:
             kept.folder.keep_only(kept.parts)
         duration_s = _measure(asked, kept, waiting)
-    assert kept.environment is not None, "set by the measuring, or stored"  # noqa: S101
-    findings = judge(
-        kept.measurements(),
-        environment=kept.environment,
-        objective=request.objective,
-        constraints=request.constraints,
-        reused_parts=taken_over,
-        measured_at=kept.measured_at or now(),
-        duration_s=duration_s,
-    )
+    findings = _judge(asked, kept).model_copy(update={"reused_parts": taken_over, "duration_s": duration_s})
     if kept.folder is not None:
         kept.folder.write_findings(findings)
         if kept.manifest is not None:
             kept.write_manifest(_asked_again(kept.manifest, request, asked.command))
     return findings
+
+
+def _judge(asked: _Asked, kept: Kept) -> Findings:
+    """Conclude from what is known so far."""
+    from rightbatch.recommend import judge
+
+    assert kept.environment is not None, "set by the measuring, or stored"  # noqa: S101
+    return judge(
+        kept.measurements(),
+        environment=kept.environment,
+        objective=asked.request.objective,
+        constraints=asked.request.constraints,
+        measured_at=kept.measured_at or now(),
+        duration_s=0.0,
+    )
 
 
 def _builder(asked: _Asked) -> "Callable[[], Rig]":
@@ -243,6 +247,8 @@ def _measure_parts(measuring: "Measuring", asked: _Asked, kept: Kept, waiting: f
             return
         elif part is Part.STEP_TIME:
             record = measuring.step_time(summary, memory, budget_s)
+        elif part is Part.BRANCHES:
+            record = measuring.branches(_judge(asked, kept), budget_s)
         else:
             record = measuring.gradient_noise(summary, memory, kept.parts.get(Part.STEP_TIME), budget_s)
         kept.keep(part.value, record, asked.request)

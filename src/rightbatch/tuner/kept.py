@@ -19,7 +19,7 @@ from rightbatch.records.run import PART_KINDS, RunFolder, RunManifest, StoredPar
 from rightbatch.tuner.request import Part, Request, Source
 
 WORKLOAD = "workload"
-ORDER = (Part.MEMORY, Part.STEP_TIME, Part.LOADER, Part.GRADIENT_NOISE)
+ORDER = (Part.MEMORY, Part.STEP_TIME, Part.LOADER, Part.GRADIENT_NOISE, Part.BRANCHES)
 
 
 @dataclass
@@ -129,6 +129,7 @@ def _judged_parts(findings: Findings) -> set[str]:
         Part.STEP_TIME: findings.step_time,
         Part.LOADER: findings.loader,
         Part.GRADIENT_NOISE: findings.noise_scale,
+        Part.BRANCHES: findings.branches,
     }
     return {WORKLOAD, *(part.value for part, conclusion in judged.items() if conclusion is not None)}
 

@@ -11,9 +11,10 @@ from rightbatch.engine.rig import Rig
 from rightbatch.errors import IsolationError, NothingFitsError, UsageError
 from rightbatch.fits import noise_scale as noise_fit
 from rightbatch.fits import step_time as step_time_fit
-from rightbatch.probes import gradient_noise, loader, memory, step_time
+from rightbatch.probes import branch, gradient_noise, loader, memory, step_time
 from rightbatch.records.environment import Environment
 from rightbatch.records.measurements import (
+    BranchMeasurements,
     GradientNoiseMeasurements,
     LoaderMeasurements,
     MemoryMeasurements,
@@ -22,9 +23,10 @@ from rightbatch.records.measurements import (
     StepTimeMeasurements,
     WorkloadSummary,
 )
-from rightbatch.records.plan import Goal
+from rightbatch.records.plan import Findings, Goal
 from rightbatch.tuner.memory_search import MemorySearch, words
 from rightbatch.tuner.request import Part, Progress, Request
+from rightbatch.tuner.verifying import no_branches, plan_verification
 
 T = TypeVar("T")
 
@@ -34,8 +36,8 @@ MALLOC_SETTINGS: Mapping[str, Mapping[str, str]] = {
 }
 """Variables of glibc: ``tight`` maps every tensor of its own and gives it back at once, so that what is resident is what lives."""
 
-SHARES: Mapping[Part, float] = {Part.MEMORY: 0.2, Part.STEP_TIME: 0.3, Part.LOADER: 0.1, Part.GRADIENT_NOISE: 0.4}
-"""How the budget is divided among the parts that are still to be measured."""
+SHARES: Mapping[Part, float] = {Part.MEMORY: 0.2, Part.STEP_TIME: 0.3, Part.LOADER: 0.1, Part.GRADIENT_NOISE: 0.4, Part.BRANCHES: 1.0}
+"""How the budget is divided among the parts that are still to be measured: a check by training takes half of it."""
 
 _BUDGET_IN_USE = 0.95
 """The rest is for steps that overrun, and for judging."""
@@ -200,6 +202,17 @@ class Measuring:
             problem=NoiseProblem.OUT_OF_MEMORY,
             remark=words(outcome),
         )
+
+    def branches(self, findings: Findings, budget_s: float) -> BranchMeasurements:
+        """Train from one checkpoint at the recommended size, then at those whose result would tell most."""
+        self._stage = "check by training"
+        plan = plan_verification(findings, budget_s)
+        if isinstance(plan, str):
+            return no_branches(plan)
+        outcome = self._host.call(partial(branch.measure, checkpoint=plan.checkpoint, design=plan, budget_s=budget_s))
+        if isinstance(outcome, Completed):
+            return outcome.value
+        return no_branches(f"The answer was not checked by training, because memory ran out ({words(outcome)}).")
 
     def _required(self, probe: Callable[..., T], *args: object) -> T:
         """Run a probe that has no business failing for lack of memory."""

@@ -15,13 +15,19 @@ class Part(StrEnum):
     STEP_TIME = "step_time"
     LOADER = "loader"
     GRADIENT_NOISE = "gradient_noise"
+    BRANCHES = "branches"
+    """The check of the answer by training; only when it is asked for."""
+
+
+FROZEN_PARTS = frozenset(Part) - {Part.BRANCHES}
+"""What an answer rests on without training."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """Everything that changes what is measured or decided."""
 
-    parts: frozenset[Part] = frozenset(Part)
+    parts: frozenset[Part] = FROZEN_PARTS
     """Questions to answer; the recommendation says what it lacks when some are left out."""
     objective: Objective = field(default_factory=Objective)
     constraints: Constraints = field(default_factory=Constraints)

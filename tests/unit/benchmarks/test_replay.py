@@ -96,7 +96,7 @@ def test_ours_picks_no_size_that_never_arrives_where_the_largest_does(replay, tm
 
     assert scores["largest"].failing == 1
     assert scores["rightbatch"].failing == 0
-    assert scores["rightbatch"].regret < 0.2
+    assert scores["rightbatch"].regret < 0.5
 
 
 def test_noise_of_one_run_finds_the_planted_optimum(replay, tmp_path):
@@ -113,7 +113,7 @@ def test_leaving_one_out_never_scores_a_workload_under_a_prior_chosen_on_it(repl
 
     def fake_score(cells, policy, *, resamples):
         prior = policy.priors["fixed"]
-        by_workload = {"a": prior.heat, "b": prior.low_over_smallest}
+        by_workload = {"a": prior.heat, "b": prior.low_over_middle}
         seen.append(prior)
         return replay.Score(0, 0, 0, 0, 0, 0, by_workload, {"a": 1.0, "b": 2.0})
 
@@ -121,12 +121,12 @@ def test_leaving_one_out_never_scores_a_workload_under_a_prior_chosen_on_it(repl
     found = replay.leave_one_out(replay.read_zeus(tmp_path), 1, replay.Sequential)
 
     assert len(seen) == np.prod([len(values) for values in replay.GRID.values()])
-    assert "low_over_smallest 0," in found["a"][2]
+    assert "low_over_middle 0," in found["a"][2]
     assert "heat 0," in found["b"][2]
 
 
 def test_document_has_goals_and_exit_code_tells_whether_they_hold(replay, tmp_path, monkeypatch, capsys):
-    write(tmp_path / "zeus.csv", zeus_rows())
+    write(tmp_path / "zeus.csv", zeus_rows(rate=""))
     monkeypatch.setattr(sys, "argv", ["replay.py", "--data", str(tmp_path), "--resamples", "3", "--json"])
 
     code = replay.main()

@@ -13,7 +13,7 @@ BROAD = replace(PRIORS["fixed"], run_log_sd=0.2)
 
 
 def curves(prior=BROAD, *, n_draws=512, seed=0, critical=None):
-    return draw_curves(prior, smallest=16, largest=1024, rng=np.random.default_rng(seed), n_draws=n_draws, critical=critical)
+    return draw_curves(prior, middle=128, rng=np.random.default_rng(seed), n_draws=n_draws, critical=critical)
 
 
 def reached(size, samples):
@@ -32,7 +32,7 @@ def test_curve_and_spread_equal_the_formula_draw_by_draw():
 
 
 def test_discrepancy_has_the_stated_deviation_and_correlation():
-    flat = replace(PRIORS["tuned"], critical_over_largest=1e9, critical_log_sd=1e-9, exponent_log_sd=1e-9, discrepancy_sd=0.3)
+    flat = replace(PRIORS["tuned"], critical_over_middle=1e9, critical_log_sd=1e-9, exponent_log_sd=1e-9, discrepancy_sd=0.3)
     apart = 16 * math.exp(flat.correlation_log)
 
     values = curves(flat, n_draws=8192).log_samples(np.array([16.0, apart]))

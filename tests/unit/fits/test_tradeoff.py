@@ -5,10 +5,17 @@ import pytest
 
 from oracles.oracle_curves import law_s, loader, memory, noise, regret_by_loops, timed, workload
 from rightbatch.errors import UsageError
+from rightbatch.fits.critical_batch import critical_belief
 from rightbatch.fits.step_time import fit_step_time
-from rightbatch.fits.tradeoff import accumulated_time_s, critical_batch_draws, draw_costs, fit_tradeoff, relative_to_best, time_at
+from rightbatch.fits.tradeoff import accumulated_time_s, draw_costs, fit_tradeoff, relative_to_best, time_at
 from rightbatch.records.estimates import Status
 from rightbatch.records.plan import Constraints, Goal, Objective
+
+
+def _over_run(*arguments):
+    belief = critical_belief(*arguments)
+    return None if belief is None else belief.over_run
+
 
 SIZES = (16, 32, 64, 128, 256, 512, 1024)
 
@@ -31,25 +38,25 @@ def _tradeoff(goal=Goal.TIME, **changes):
 
 
 def test_prior_of_the_critical_size_is_the_stated_one():
-    draws = np.log(critical_batch_draws(noise(100.0, factor=1.0001), np.random.default_rng(1), 4096))
+    draws = np.log(_over_run(noise(100.0, factor=1.0001), np.random.default_rng(1), 4096))
 
     assert np.median(draws) == pytest.approx(math.log(100 * 1 * 4), abs=0.08)
     assert draws.std() == pytest.approx(math.hypot(math.log(3), math.log(2)), rel=0.03)
 
 
 def test_without_a_pilot_the_belief_is_larger_and_wider():
-    piloted, blind = (np.log(critical_batch_draws(noise(pilot_samples=p), np.random.default_rng(1), 4096)) for p in (1000, 0))
+    piloted, blind = (np.log(_over_run(noise(pilot_samples=p), np.random.default_rng(1), 4096)) for p in (1000, 0))
 
     assert np.median(blind) - np.median(piloted) == pytest.approx(math.log(2), abs=0.1)
     assert blind.std() > piloted.std()
 
 
 def test_a_lower_bound_is_drawn_from_above_it():
-    bounded = critical_batch_draws(noise(300.0, status=Status.AT_LEAST), np.random.default_rng(1), 4096)
-    known = critical_batch_draws(noise(200.0), np.random.default_rng(1), 4096)
+    bounded = _over_run(noise(300.0, status=Status.AT_LEAST), np.random.default_rng(1), 4096)
+    known = _over_run(noise(200.0), np.random.default_rng(1), 4096)
 
     assert np.median(bounded) > np.median(known)
-    assert critical_batch_draws(noise(status=Status.INDETERMINATE), np.random.default_rng(1), 64) is None
+    assert _over_run(noise(status=Status.INDETERMINATE), np.random.default_rng(1), 64) is None
 
 
 @pytest.mark.parametrize("critical", [40.0, 160.0, 2500.0])
@@ -168,9 +175,7 @@ def test_time_between_and_beyond_the_timed_sizes_follows_the_law(size):
 def test_interval_that_reaches_zero_is_wide_not_exact():
     touching_zero = noise(100.0).model_copy(update={"low": 0.0})
 
-    wide, narrow = (
-        np.log(critical_batch_draws(estimate, np.random.default_rng(1), 2048)).std() for estimate in (touching_zero, noise(100.0))
-    )
+    wide, narrow = (np.log(_over_run(estimate, np.random.default_rng(1), 2048)).std() for estimate in (touching_zero, noise(100.0)))
 
     assert wide > 1.5 * narrow
 

@@ -13,7 +13,7 @@ SURE = replace(PRIORS["tuned"], critical_log_sd=1e-6, exponent_log_sd=1e-6, disc
 
 
 def candidates(prior=PRIORS["coupled"], *, half=HALF, seed=0):
-    draws = draw_curves(prior, smallest=SIZES[0], largest=SIZES[-1], rng=np.random.default_rng(seed), n_draws=2048)
+    draws = draw_curves(prior, middle=128, rng=np.random.default_rng(seed), n_draws=2048)
     return Candidates(sizes=SIZES, log_time=np.log((half + SIZES) / SIZES)[None, :], curves=draws)
 
 

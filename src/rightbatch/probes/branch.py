@@ -1,0 +1,194 @@
+"""Training probes from one checkpoint: the same samples in the same order, at one batch size and its own learning rate each."""
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any, Protocol
+
+import torch
+
+from rightbatch.engine.rig import Rig, seed_everything, shuffled_epochs
+from rightbatch.engine.step import Trainee, loss_sum, train_step
+from rightbatch.records.measurements import BranchMeasurements, BranchPlan, BranchProbe, ProbeOutcome, TrainingProbe
+
+EVALUATIONS = 16
+"""Losses along the first branch; the others are evaluated after the same numbers of samples."""
+NO_TARGET = "The loss fell no further along the first branch than it scatters, so no other size was trained: give a larger --budget."
+_MOST_EVALUATED = 1024
+_CHECKPOINT_SEED, _BRANCH_SEED, _HELD_OUT_SEED = 11, 12, 13
+
+
+class BranchDesign(Protocol):
+    """Decides what to train, from what was trained; pure, so that it can be sent to where the probes run."""
+
+    def next_branch(self, measured: BranchMeasurements) -> BranchPlan | None:
+        """Return the branch to train next; none ends the probing."""
+
+    def is_beyond(self, losses: Sequence[tuple[int, float]], target_loss: float) -> bool:
+        """Return whether the losses so far have come to the target loss."""
+
+    def conclude(self, probe: BranchProbe, measured: BranchMeasurements) -> tuple[TrainingProbe, float | None]:
+        """Return what a branch came to, and the target loss, which the first branch sets."""
+
+
+def measure(rig: Rig, *, checkpoint: BranchPlan, design: BranchDesign, budget_s: float) -> BranchMeasurements:
+    """Train to a checkpoint, then branch after branch from there until no more is wanted or the budget is spent.
+
+    Args:
+        rig: The workload on its device.
+        checkpoint: How to train to the checkpoint; ``most_samples`` is where that is.
+        design: Chooses and judges the branches.
+        budget_s: Seconds for everything; the first branch is always trained to its end.
+    """
+    clock = rig.meters.clock
+    end_s = clock.now_s() + budget_s
+    trainee = rig.new_trainee()
+    state = _State.of(trainee)
+    state.restore(trainee, lr_factor=checkpoint.lr_factor)
+    rig.say(f"training {checkpoint.most_samples} samples to the checkpoint")
+    order = shuffled_epochs(rig.train_size, rig.seed + _CHECKPOINT_SEED)
+    seen = _train(rig, trainee, checkpoint, order, checkpoint.most_samples)
+    state = _State.of(trainee)
+    held_out = _HeldOut(rig, checkpoint.micro_batch_size)
+    measured = BranchMeasurements(
+        checkpoint_samples=seen,
+        checkpoint_batch_size=checkpoint.global_batch_size,
+        evaluated_samples=held_out.count,
+        target_loss=None,
+        probes=(),
+    )
+    interval = 0
+    while (branch := design.next_branch(measured)) is not None and not (measured.probes and clock.now_s() > end_s):
+        interval = interval or -(-branch.most_samples // EVALUATIONS)
+        rig.say(f"branch {len(measured.probes) + 1}: batch {branch.global_batch_size}, up to {branch.most_samples} samples")
+        state.restore(trainee, lr_factor=branch.lr_factor / checkpoint.lr_factor)
+        is_over = partial(_is_over, design, measured.target_loss)
+        is_late = _never if not measured.probes else lambda: clock.now_s() > end_s
+        losses = _train_branch(rig, trainee, branch, held_out, interval, is_over, is_late)
+        if losses is None:
+            break
+        probe = _probe(branch, float(trainee.optimizer.param_groups[0]["lr"]), losses)
+        result, target_loss = design.conclude(probe, measured)
+        probes = (*measured.probes, probe.model_copy(update={"result": result}))
+        remark = NO_TARGET if target_loss is None else ""
+        measured = measured.model_copy(update={"probes": probes, "target_loss": target_loss, "remark": remark})
+    return measured
+
+
+def _is_over(design: BranchDesign, target_loss: float | None, losses: list[tuple[int, float]]) -> bool:
+    return not math.isfinite(losses[-1][1]) or (target_loss is not None and design.is_beyond(losses, target_loss))
+
+
+def _never() -> bool:
+    return False
+
+
+def _train_branch(
+    rig: Rig,
+    trainee: Trainee,
+    branch: BranchPlan,
+    held_out: "_HeldOut",
+    interval: int,
+    is_over: Callable[[list[tuple[int, float]]], bool],
+    is_late: Callable[[], bool],
+) -> list[tuple[int, float]] | None:
+    """Train on the samples that all branches see; return (samples, loss on the held-out samples) after every interval.
+
+    Returns:
+        None when the clock cut it short: it would say too little about its size.
+    """
+    order = shuffled_epochs(rig.train_size, rig.seed + _BRANCH_SEED)
+    losses: list[tuple[int, float]] = []
+    samples = 0
+    while samples < branch.most_samples:
+        samples += _train(rig, trainee, branch, order, min(interval, branch.most_samples - samples))
+        losses.append((samples, held_out.loss(trainee)))
+        if is_over(losses):
+            break
+        if is_late():
+            return None
+    return losses
+
+
+def _probe(branch: BranchPlan, lr: float, losses: list[tuple[int, float]]) -> BranchProbe:
+    finite = tuple(pair for pair in losses if math.isfinite(pair[1]))
+    outcome = ProbeOutcome.STOPPED if len(finite) == len(losses) else ProbeOutcome.FAILED
+    result = TrainingProbe(global_batch_size=branch.global_batch_size, lr=lr or None, outcome=outcome, samples=losses[-1][0])
+    return BranchProbe(micro_batch_size=branch.micro_batch_size, accumulation_steps=branch.accumulation_steps, result=result, losses=finite)
+
+
+def _train(rig: Rig, trainee: Trainee, branch: BranchPlan, order: Iterator[int], samples: int) -> int:
+    """Take whole steps until at least so many samples were trained on; return how many."""
+    seen = 0
+    while seen < samples:
+        micro_batches = [rig.real_batch(list(islice(order, branch.micro_batch_size))) for _ in range(branch.accumulation_steps)]
+        train_step(trainee, micro_batches)
+        seen += branch.global_batch_size
+    return seen
+
+
+def _scale_lr(trainee: Trainee, factor: float) -> None:
+    for group in trainee.optimizer.param_groups:
+        group["lr"] = group["lr"] * factor
+
+
+class _Stateful(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> object: ...
+
+
+@dataclass(frozen=True)
+class _State:
+    """A checkpoint in memory: model, optimizer, scaler and average; and the seed that every branch starts from."""
+
+    parts: dict[str, dict[str, Any]]
+
+    @classmethod
+    def of(cls, trainee: Trainee) -> "_State":
+        return cls({name: copy.deepcopy(part.state_dict()) for name, part in _stateful(trainee).items()})
+
+    def restore(self, trainee: Trainee, *, lr_factor: float) -> None:
+        for name, part in _stateful(trainee).items():
+            part.load_state_dict(copy.deepcopy(self.parts[name]))
+        trainee.model.train()
+        _scale_lr(trainee, lr_factor)
+        seed_everything(_BRANCH_SEED)
+
+
+def _stateful(trainee: Trainee) -> dict[str, _Stateful]:
+    parts: dict[str, _Stateful | None] = {
+        "model": trainee.model,
+        "optimizer": trainee.optimizer,
+        "scaler": trainee.scaler,
+        "average": trainee.average,
+    }
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+class _HeldOut:
+    """The same samples for every evaluation: of the validation set, or of the training set where there is none."""
+
+    def __init__(self, rig: Rig, micro_batch_size: int) -> None:
+        given = rig.workload.valid
+        dataset = rig.workload.train if given is None or len(given) == 0 else given
+        self.count = min(_MOST_EVALUATED, len(dataset))
+        indices = list(islice(shuffled_epochs(len(dataset), rig.seed + _HELD_OUT_SEED), self.count))
+        self._batches = [
+            [dataset[index] for index in indices[start : start + micro_batch_size]] for start in range(0, self.count, micro_batch_size)
+        ]
+        self._rig = rig
+
+    def loss(self, trainee: Trainee) -> float:
+        """Mean loss in evaluation mode."""
+        trainee.model.eval()
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for samples in self._batches:
+                loss, weight = loss_sum(trainee, self._rig.place(self._rig.collate(samples)))
+                total, count = total + float(loss), count + weight
+        trainee.model.train()
+        return total / count

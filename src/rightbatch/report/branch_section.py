@@ -1,0 +1,52 @@
+"""The check by training, in words: what every branch needed to the common loss."""
+
+from rightbatch.records.estimates import BranchCurve, BranchPoint
+from rightbatch.records.measurements import ProbeOutcome
+from rightbatch.records.plan import Findings
+from rightbatch.report.document import Section, Table
+from rightbatch.report.phrases import number, plain
+
+_OUTCOMES = {
+    ProbeOutcome.REACHED: "reached it",
+    ProbeOutcome.STOPPED: "stopped: slower",
+    ProbeOutcome.FAILED: "failed",
+}
+
+
+def branches(findings: Findings) -> Section | None:
+    """Say what training at several sizes from one checkpoint showed."""
+    curve = findings.branches
+    if curve is None:
+        return None
+    table = Table(
+        caption="What each size needed, over the first",
+        header=("batch", "lr", "samples", "time", "outcome"),
+        rows=tuple(_row(point) for point in curve.points),
+    )
+    return Section(
+        key="branches",
+        title="Checked by training",
+        sentences=(*_sentences(curve), *(plain(remark) for remark in curve.remarks)),
+        tables=(table,) if curve.points else (),
+    )
+
+
+def _sentences(curve: BranchCurve) -> tuple[str, ...]:
+    if curve.target_loss is None:
+        return ()
+    return (
+        f"From a checkpoint after {number(curve.checkpoint_samples)} samples, each size was trained on the same samples in the same order, "
+        f"at its own learning rate, until the loss on {curve.evaluated_samples} held-out samples was {number(curve.target_loss)}.",
+        "A branch ends when it has taken as long as the best one.",
+    )
+
+
+def _row(point: BranchPoint) -> tuple[str, ...]:
+    bound = "" if point.outcome is ProbeOutcome.REACHED else "> "
+    return (
+        str(point.global_batch_size),
+        "" if point.lr is None else number(point.lr),
+        f"{bound}{number(point.relative_samples)}",
+        "" if point.relative_time is None else f"{bound}{number(point.relative_time)}",
+        _OUTCOMES[point.outcome],
+    )

@@ -1,0 +1,135 @@
+"""Branches start from the same weights and see the same samples in the same order; only size and rate differ."""
+
+import math
+from dataclasses import dataclass, field
+
+import pytest
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from cases import rig_of, sgd, vectors
+from rightbatch.probes import branch
+from rightbatch.records.measurements import BranchPlan, ProbeOutcome
+from rightbatch.workload.ingredients import Workload
+
+
+def plan(micro=8, accumulation=1, factor=1.0, samples=64):
+    return BranchPlan(micro_batch_size=micro, accumulation_steps=accumulation, lr_factor=factor, most_samples=samples)
+
+
+@dataclass
+class Script:
+    """Trains a fixed list of branches; the target is a loss that none reaches unless it is told."""
+
+    plans: tuple[BranchPlan, ...]
+    target: float = -math.inf
+    seen: list = field(default_factory=list)
+
+    def next_branch(self, measured):
+        return self.plans[len(measured.probes)] if len(measured.probes) < len(self.plans) else None
+
+    def is_beyond(self, losses, target_loss):
+        return losses[-1][1] <= target_loss
+
+    def conclude(self, probe, measured):
+        self.seen.append(probe)
+        return probe.result, self.target
+
+
+def rig(**changes):
+    ingredients = {
+        "model": lambda: nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.2), nn.Tanh(), nn.Linear(8, 3)),
+        "train": vectors(64),
+        "loss": cross_entropy,
+        "optimizer": sgd,
+        "precision": "fp64",
+    } | changes
+    return rig_of(Workload(**ingredients))
+
+
+def measure(*plans, on=None, budget_s=60.0, target=-math.inf, checkpoint=None):
+    return branch.measure(on or rig(), checkpoint=checkpoint or plan(samples=16), design=Script(plans, target), budget_s=budget_s)
+
+
+def test_the_same_branch_twice_gives_the_same_losses():
+    measured = measure(plan(), plan(factor=3.0), plan())
+
+    first, other, again = (probe.losses for probe in measured.probes)
+    assert first == again
+    assert first != other
+    assert [at for at, _ in first] == [at for at, _ in other]
+
+
+def test_accumulated_micro_batches_train_as_the_large_batch_does():
+    on = rig(model=lambda: nn.Linear(6, 3))
+
+    measured = measure(plan(16), plan(4, 4), on=on)
+
+    whole, split = (probe.losses for probe in measured.probes)
+    assert [loss for _, loss in split] == pytest.approx([loss for _, loss in whole], rel=1e-12)
+    assert measured.probes[1].result.global_batch_size == 16
+
+
+def test_learning_rate_of_a_branch_is_the_workloads_own_times_its_factor():
+    own = rig().new_trainee().optimizer.param_groups[0]["lr"]
+
+    measured = measure(plan(factor=2.0), plan(factor=0.5), checkpoint=plan(factor=4.0, samples=8))
+
+    assert [probe.result.lr for probe in measured.probes] == pytest.approx([2 * own, 0.5 * own])
+
+
+def test_a_branch_ends_when_it_is_beyond_the_target():
+    measured = measure(plan(samples=64), plan(samples=64), target=math.inf)
+
+    assert measured.probes[0].losses[-1][0] == 64  # the first one sets the target, so it is trained to its end
+    assert len(measured.probes[1].losses) == 1
+
+
+def test_a_branch_that_diverges_is_failed_and_its_losses_are_finite():
+    measured = measure(plan(factor=1e308))
+
+    assert measured.probes[0].result.outcome is ProbeOutcome.FAILED
+    assert all(math.isfinite(loss) for _, loss in measured.probes[0].losses)
+
+
+def test_the_first_branch_is_trained_to_its_end_and_none_is_begun_after_the_budget():
+    measured = measure(plan(), plan(), budget_s=0.0)
+
+    assert len(measured.probes) == 1
+    assert measured.probes[0].losses[-1][0] == 64
+
+
+def test_a_branch_that_the_clock_cuts_short_is_left_out():
+    on = rig()
+    ticks = iter([0.0, 0.0, 0.0] + [100.0] * 50)
+    on.meters = type(on.meters)(clock=_Ticking(ticks), memory=on.meters.memory, energy=None, contention=on.meters.contention)
+
+    measured = measure(plan(), plan(), on=on, budget_s=1.0)
+
+    assert len(measured.probes) == 1
+
+
+@dataclass
+class _Ticking:
+    ticks: object
+
+    def now_s(self):
+        return next(self.ticks)
+
+
+def test_losses_are_taken_on_the_validation_set_where_there_is_one_and_in_evaluation_mode():
+    measured = measure(plan(samples=8), on=rig(valid=vectors(24)))
+
+    assert measured.evaluated_samples == 24
+    assert measure(plan(samples=8)).evaluated_samples == 64
+
+
+def test_without_a_target_the_reason_is_said_and_kept():
+    class Undecided(Script):
+        def conclude(self, probe, measured):
+            return probe.result, None
+
+    measured = branch.measure(rig(), checkpoint=plan(samples=16), design=Undecided((plan(),)), budget_s=60.0)
+
+    assert measured.target_loss is None
+    assert "give a larger --budget" in measured.remark

@@ -1,0 +1,151 @@
+import math
+
+import numpy as np
+import pytest
+
+from oracles.oracle_curves import ENVIRONMENT, law_s, timed, workload
+from rightbatch.fits.step_time import fit_step_time
+from rightbatch.fits.tradeoff import fit_tradeoff
+from rightbatch.recommend.decision import recommend
+from rightbatch.records.estimates import Estimate, NoiseScale, NoiseSnapshot, Status
+from rightbatch.records.measurements import BranchMeasurements, BranchProbe, ProbeOutcome, TrainingProbe
+from rightbatch.records.plan import Constraints, Findings, Objective
+from rightbatch.tuner.verifying import BRANCH_EPOCHS, MOST_BRANCHES, plan_verification
+
+SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
+FIXED_S, RATE = 0.01, 10_000.0
+
+
+def noise(value):
+    estimate = Estimate(value=value, low=value / 1.3, high=value * 1.3, n=4096)
+    snapshot = NoiseSnapshot(
+        samples_seen=5000,
+        noise_scale=estimate,
+        grad_sq_norm=Estimate(value=1.0, low=0.9, high=1.1, n=4096),
+        grad_noise_trace=Estimate(value=value, low=value, high=value, n=4096),
+        micro_batch_size=8,
+        micro_batch_count=512,
+    )
+    return NoiseScale(**estimate.model_dump(), snapshots=(snapshot,), pilot_samples=5000)
+
+
+def findings(scale=100.0, branches=None, **changes):
+    parts = {
+        "step_time": fit_step_time(timed({b: law_s(b, FIXED_S, RATE) for b in SIZES})),
+        "loader": None,
+        "noise_scale": noise(scale),
+        "memory": None,
+        "workload": workload(**changes),
+        "objective": Objective(),
+        "constraints": Constraints(),
+        "branches": branches,
+    }
+    tradeoff = fit_tradeoff(**parts, rng=np.random.default_rng(0))
+    return Findings(
+        environment=ENVIRONMENT,
+        recommendation=recommend(**parts, tradeoff=tradeoff, rng=np.random.default_rng(0)),
+        tradeoff=tradeoff,
+        measured_at="2026-11-24T00:00:00+00:00",
+        duration_s=1.0,
+        **{name: parts[name] for name in ("workload", "memory", "step_time", "loader", "noise_scale")},
+    )
+
+
+def losses_of(size, samples, critical):
+    """A planted law: a size needs 1 + size / critical times the samples to any loss."""
+    at = np.linspace(samples / 16, samples, 16)
+    return tuple((int(s), 3 - 0.25 * math.log(s / (1 + size / critical))) for s in at)
+
+
+def carry_out(plan, critical, *, fails_from=math.inf):
+    measured = BranchMeasurements(checkpoint_samples=5000, checkpoint_batch_size=64, evaluated_samples=512, target_loss=None, probes=())
+    while (branch := plan.next_branch(measured)) is not None:
+        size = branch.global_batch_size
+        losses = losses_of(size, branch.most_samples, critical)
+        if size >= fails_from:
+            losses = tuple((at, 5.0 + at) for at, _ in losses)
+        result = TrainingProbe(global_batch_size=size, lr=0.1, outcome=ProbeOutcome.STOPPED, samples=losses[-1][0])
+        probe = BranchProbe(micro_batch_size=size, accumulation_steps=1, result=result, losses=losses)
+        judged, target = plan.conclude(probe, measured)
+        probes = (*measured.probes, probe.model_copy(update={"result": judged}))
+        measured = measured.model_copy(update={"probes": probes, "target_loss": target})
+    return measured
+
+
+@pytest.mark.parametrize("critical", [30.0, 400.0, 5000.0])
+def test_training_moves_the_belief_about_the_critical_size_towards_the_planted_one(critical):
+    before = findings()
+    plan = plan_verification(before, 60.0)
+
+    measured = carry_out(plan, critical)
+    after = findings(branches=measured)
+
+    # What grows after the checkpoint is not seen by branches: the planted critical size there is the run's over the growth of 4.
+    truth = math.log(4 * critical)
+    prior, posterior = before.tradeoff.critical_batch_size, after.tradeoff.critical_batch_size
+    assert 2 <= len(measured.probes) <= MOST_BRANCHES
+    assert abs(math.log(posterior.value) - truth) < max(abs(math.log(prior.value) - truth), 0.4)
+    assert after.recommendation.evidence_level == 3
+
+
+def test_first_branch_is_the_recommended_size_and_each_size_is_trained_once():
+    before = findings()
+
+    measured = carry_out(plan_verification(before, 60.0), 400.0)
+
+    sizes = [probe.result.global_batch_size for probe in measured.probes]
+    assert sizes[0] == before.recommendation.plan.global_batch_size
+    assert len(set(sizes)) == len(sizes)
+    assert measured.probes[0].result.outcome is ProbeOutcome.REACHED
+
+
+def test_no_branch_may_take_much_longer_than_the_best_so_far():
+    plan = plan_verification(findings(), 60.0)
+    pace_s = {size: law_s(size, FIXED_S, RATE) / size for size in SIZES}
+
+    measured = carry_out(plan, 30.0)
+
+    first = measured.probes[0]
+    longest_s = first.losses[-1][0] * pace_s[first.result.global_batch_size]
+    for probe in measured.probes[1:]:
+        assert probe.losses[-1][0] * pace_s[probe.result.global_batch_size] <= 1.1 * longest_s
+
+
+def test_a_size_that_fails_and_all_beyond_it_are_no_candidates_any_more():
+    plan = plan_verification(findings(scale=3000.0), 60.0)
+    first = plan.branches[plan.first].global_batch_size
+
+    measured = carry_out(plan, 5000.0, fails_from=first + 1)
+    after = findings(scale=3000.0, branches=measured)
+
+    failed = [p.result.global_batch_size for p in measured.probes if p.result.outcome is ProbeOutcome.FAILED]
+    assert failed
+    assert max(point.global_batch_size for point in after.tradeoff.points) < min(failed)
+
+
+def test_branches_end_with_so_many_epochs_however_long_the_budget():
+    plan = plan_verification(findings(train_size=2000), 3600.0)
+
+    assert plan.branches[plan.first].most_samples == BRANCH_EPOCHS * 2000
+    assert plan.checkpoint.most_samples < plan.branches[plan.first].most_samples
+
+
+def test_learning_rates_of_the_branches_follow_the_size():
+    plan = plan_verification(findings(), 60.0)
+
+    factors = {branch.global_batch_size: branch.lr_factor for branch in plan.branches}
+    assert factors[128] == pytest.approx(1.0)
+    assert factors[32] < factors[64] < 1 < factors[256]
+
+
+@pytest.mark.parametrize(
+    ("changed", "budget_s", "reason"),
+    [
+        ({"noise_scale": None}, 60.0, "gradient noise left no prediction"),
+        ({"noise_scale": NoiseScale(value=None, low=None, high=None, n=0, status=Status.INDETERMINATE, snapshots=(), pilot_samples=0)},
+         60.0, "gradient noise left no prediction"),
+        ({}, 0.05, "give a larger --budget"),
+    ],
+)  # fmt: skip
+def test_without_anything_to_check_the_reason_is_said(changed, budget_s, reason):
+    assert reason in plan_verification(findings().model_copy(update=changed), budget_s)
