@@ -61,7 +61,7 @@ class CurvePrior:
 
 
 PRIORS: dict[LrRegime, CurvePrior] = {
-    "tuned": CurvePrior(low_over_middle=0.0, heat=0.0),
+    "tuned": CurvePrior(low_over_middle=0.0, heat=0.0, critical_over_middle=3.0),
     "coupled": CurvePrior(low_over_middle=0.03, heat=0.3),
     "fixed": CurvePrior(low_over_middle=1.0, heat=0.6),
 }

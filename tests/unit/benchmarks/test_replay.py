@@ -113,7 +113,7 @@ def test_leaving_one_out_never_scores_a_workload_under_a_prior_chosen_on_it(repl
 
     def fake_score(cells, policy, *, resamples):
         prior = policy.priors["fixed"]
-        by_workload = {"a": prior.heat, "b": prior.low_over_middle}
+        by_workload = {"a": prior.heat, "b": prior.critical_over_middle}
         seen.append(prior)
         return replay.Score(0, 0, 0, 0, 0, 0, by_workload, {"a": 1.0, "b": 2.0})
 
@@ -121,7 +121,7 @@ def test_leaving_one_out_never_scores_a_workload_under_a_prior_chosen_on_it(repl
     found = replay.leave_one_out(replay.read_zeus(tmp_path), 1, replay.Sequential)
 
     assert len(seen) == np.prod([len(values) for values in replay.GRID.values()])
-    assert "low_over_middle 0," in found["a"][2]
+    assert "critical_over_middle 3," in found["a"][2]
     assert "heat 0," in found["b"][2]
 
 
