@@ -18,15 +18,29 @@ class Outcome(StrEnum):
     """It ran, but used more than the limit allows."""
 
 
-class LiveMoment(Record):
-    """One moment of a training step: the bytes live then, as a polynomial of the micro-batch size b.
+class RoundedBytes(Record):
+    """Bytes of one allocation that a kernel rounds up: (fixed + per_sample * b + per_sample_squared * b**2) to a multiple."""
 
-    live bytes(b) = fixed_bytes + per_sample_bytes * b + per_sample_squared_bytes * b**2
+    fixed_bytes: int
+    per_sample_bytes: int
+    per_sample_squared_bytes: int = 0
+    multiple_bytes: PositiveInt
+
+
+class LiveMoment(Record):
+    """One moment of a training step: the bytes live then, as a polynomial of the micro-batch size b and a few rounded terms.
+
+    live bytes(b) = fixed_bytes + per_sample_bytes * b + per_sample_squared_bytes * b**2 + sum of the rounded terms
     """
 
     fixed_bytes: int
     per_sample_bytes: int
     per_sample_squared_bytes: int = 0
+    rounded: tuple[RoundedBytes, ...] = ()
+    smallest_size: PositiveInt = 1
+    """Where a kernel changes with the size, the moment exists from this size on."""
+    largest_size: PositiveInt | None = None
+    """And up to this one; none when it has no end."""
     module: str
     """Qualified name of the module that ran; empty outside any module."""
     operation: str
@@ -89,7 +103,9 @@ class MemoryTrace(Record):
     remark: str = ""
     """Why the trace is missing or inconsistent; empty when there is nothing to say."""
     allocations: AllocationTable | None = None
-    """Every allocation, for replaying an allocator and for saying what holds the memory; none in records of version 0.1."""
+    """Every allocation, for replaying an allocator and for saying what holds the memory; none in records of version 0.1.
+
+    Where a kernel changes with the size these are the allocations above the last change."""
     parameter_bytes: NonNegativeInt = 0
     gradient_bytes: NonNegativeInt = 0
     optimizer_state_bytes: NonNegativeInt = 0
