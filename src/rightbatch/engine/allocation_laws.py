@@ -3,18 +3,9 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from rightbatch.engine.growth_laws import Law, Polynomial, page_bound, polynomial_through, rounded_up, steps_through, value_at
 from rightbatch.engine.memory_trace import NEVER, Allocation, AllocationLog
-from rightbatch.engine.recurrent_workspace import PAGE_BYTES
 from rightbatch.records.measurements import AllocationTable, LiveMoment, RoundedBytes
-
-Polynomial = tuple[int, int, int]
-"""(bytes fixed, per sample, per sample squared)."""
-Law = tuple[Polynomial, int]
-"""A polynomial, and the multiple that its value is rounded up to."""
-
-_LEAST_RECORDINGS = 3
-_MOST_PARTS = 9
-"""Parts of a recurrent layer's workspace that oneDNN starts on a page of their own, at most (``set_offsets`` in its ``rnn_utils``)."""
 
 
 class UnmatchedLogsError(Exception):
@@ -25,7 +16,8 @@ def join(logs: Sequence[AllocationLog]) -> tuple[AllocationTable, str]:
     """Find the law of every allocation.
 
     The first two sizes give an affine law and the others check it. Where one is not affine, the third gives a quadratic law and a
-    fourth checks that. A storage lives as long as it did in any of the logs: order within a step may differ.
+    fourth checks that, and so on to cubes. With six sizes a law in steps, such as of every second sample, is tried too.
+    A storage lives as long as it did in any of the logs: order within a step may differ.
 
     Args:
         logs: One log a size, at least three.
@@ -61,13 +53,14 @@ def deviation(table: AllocationTable, log: AllocationLog) -> str:
     Returns:
         The first departure; empty when the table predicts the log to the byte.
     """
-    if len(log.allocations) != len(table.death):
-        return f"the number of allocations is {len(log.allocations)} instead of {len(table.death)}"
     sizes = _sizes_at(table, log.batch_size)
-    for index, (allocation, size_bytes) in enumerate(zip(log.allocations, sizes, strict=True)):
-        operation = table.operations[table.operation[index]]
+    operations = [table.operations[operation] for operation in table.operation]
+    for allocation, operation in zip(log.allocations, operations, strict=False):
         if allocation.operation != operation:
-            return f"{allocation.operation} stands for {operation}"
+            return f"{allocation.operation} stands for {operation} in {allocation.module or 'the step'}"
+    if len(log.allocations) != len(sizes):
+        return f"the number of allocations is {len(log.allocations)} instead of {len(sizes)}"
+    for allocation, operation, size_bytes in zip(log.allocations, operations, sizes, strict=True):
         if allocation.size_bytes != size_bytes and not _is_unknown(allocation):
             return f"{operation} in {allocation.module or 'the step'} takes {allocation.size_bytes} bytes instead of {size_bytes}"
     predicted, recorded = live_peak(sizes, table.death), peak_of(log)[0]
@@ -86,6 +79,11 @@ def peak_of(log: AllocationLog) -> tuple[int, Allocation]:
         if live > peak:
             peak, at_peak = live, allocation
     return peak, at_peak
+
+
+def predicted_peak(table: AllocationTable, size: int) -> int:
+    """Return the most bytes that live at once at a size by the laws."""
+    return live_peak(_sizes_at(table, size), table.death)
 
 
 def live_peak(sizes_bytes: Sequence[int], deaths: Sequence[int]) -> int:
@@ -111,16 +109,24 @@ def moments(table: AllocationTable, *, smallest_size: int = 1, largest_size: int
             fixed_bytes=law[0],
             per_sample_bytes=law[1],
             per_sample_squared_bytes=law[2],
-            rounded=tuple(
-                RoundedBytes(fixed_bytes=fixed, per_sample_bytes=slope, per_sample_squared_bytes=curvature, multiple_bytes=multiple)
-                for (fixed, slope, curvature), multiple in sorted(rounded.elements())
-            ),
+            per_sample_cubed_bytes=law[3],
+            rounded=tuple(_rounded_bytes(term, multiple) for term, multiple in sorted(rounded.elements())),
             smallest_size=smallest_size,
             largest_size=largest_size,
             module=table.modules[table.module[index]],
             operation=table.operations[table.operation[index]],
         )
         for law, rounded, index in _undominated(_live_laws(table))
+    )
+
+
+def _rounded_bytes(law: Polynomial, multiple: int) -> RoundedBytes:
+    return RoundedBytes(
+        fixed_bytes=law[0],
+        per_sample_bytes=law[1],
+        per_sample_squared_bytes=law[2],
+        per_sample_cubed_bytes=law[3],
+        multiple_bytes=multiple,
     )
 
 
@@ -143,63 +149,26 @@ def _difference(columns: Sequence[Sequence[Allocation]]) -> str:
 
 def _law(sizes: Sequence[int], row: Sequence[Allocation]) -> Law:
     if any(map(_is_unknown, row)):
-        return _page_bound(sizes, [allocation.size_bytes for allocation in row])
+        return page_bound(sizes, [allocation.size_bytes for allocation in row])
     values = [allocation.size_bytes if allocation.unrounded_bytes is None else allocation.unrounded_bytes for allocation in row]
-    law = _affine(sizes, values) or _quadratic(sizes, values)
-    if law is not None:
-        return law, row[0].rounding_bytes
+    polynomial = polynomial_through(sizes, values)
+    if polynomial is not None:
+        return polynomial, row[0].rounding_bytes
+    stepped = steps_through(sizes, values)
+    if stepped is not None and row[0].rounding_bytes == 1:
+        return stepped
     pairs = ", ".join(f"{v} bytes at {b}" for b, v in zip(sizes, values, strict=True))
     raise UnmatchedLogsError(f"{row[0].operation} in {row[0].module or 'the step'} follows no polynomial of the size ({pairs})")
 
 
-def _affine(sizes: Sequence[int], values: Sequence[int]) -> Polynomial | None:
-    slope, remainder = divmod(values[1] - values[0], sizes[1] - sizes[0])
-    law = (values[0] - slope * sizes[0], slope, 0)
-    return None if remainder or not _holds(law, sizes, values) else law
-
-
-def _quadratic(sizes: Sequence[int], values: Sequence[int]) -> Polynomial | None:
-    """Return the quadratic through three points by divided differences in integers, if a fourth confirms it."""
-    if len(sizes) <= _LEAST_RECORDINGS:
-        return None
-    (b0, b1, b2), (v0, v1, v2) = sizes[:3], values[:3]
-    numerator = (v2 - v0) * (b1 - b0) - (v1 - v0) * (b2 - b0)
-    curvature, remainder = divmod(numerator, (b1 - b0) * (b2 - b0) * (b2 - b1))
-    slope = (v1 - v0) // (b1 - b0) - curvature * (b0 + b1)
-    law = (v0 - slope * b0 - curvature * b0 * b0, slope, curvature)
-    return None if remainder or not _holds(law, sizes, values) else law
-
-
-def _page_bound(sizes: Sequence[int], values: Sequence[int]) -> Law:
-    """Return an upper bound at every size for a workspace made of parts that are each rounded up to pages of P bytes.
-
-    Parts of s_i b bytes, S = sum s_i, take S b <= value(b) <= S b + k (P - 1). The least of value(b) / b is no less than S, and each of
-    the k parts takes a page at least. The s_i themselves do not follow from a few sums of rounded parts.
-    """
-    slope = min(-(-value // size) for size, value in zip(sizes, values, strict=True))
-    parts = max(1, min(_MOST_PARTS, min(values) // PAGE_BYTES))
-    return ((parts - 1) * (PAGE_BYTES - 1), slope, 0), PAGE_BYTES
-
-
-def _holds(law: Polynomial, sizes: Sequence[int], values: Sequence[int]) -> bool:
-    return all(_value(law, b) == v for b, v in zip(sizes, values, strict=True))
-
-
-def _value(law: Polynomial, size: int) -> int:
-    return law[0] + law[1] * size + law[2] * size * size
-
-
-def _rounded_up(size_bytes: int, multiple: int) -> int:
-    return -(-size_bytes // multiple) * multiple
-
-
 def _laws_of(table: AllocationTable) -> Iterator[Law]:
-    polynomials = zip(table.fixed_bytes, table.per_sample_bytes, table.per_sample_squared_bytes, strict=True)
+    cubed = table.per_sample_cubed_bytes or (0,) * len(table.fixed_bytes)
+    polynomials = zip(table.fixed_bytes, table.per_sample_bytes, table.per_sample_squared_bytes, cubed, strict=True)
     return zip(polynomials, table.rounding_bytes, strict=True)
 
 
 def _sizes_at(table: AllocationTable, size: int) -> list[int]:
-    return [_rounded_up(_value(law, size), multiple) for law, multiple in _laws_of(table)]
+    return [rounded_up(value_at(law, size), multiple) for law, multiple in _laws_of(table)]
 
 
 def _table(laws: Sequence[Law], deaths: Sequence[int], allocations: Sequence[Allocation]) -> AllocationTable:
@@ -211,6 +180,7 @@ def _table(laws: Sequence[Law], deaths: Sequence[int], allocations: Sequence[All
         fixed_bytes=tuple(law[0] for law, _ in laws),
         per_sample_bytes=tuple(law[1] for law, _ in laws),
         per_sample_squared_bytes=tuple(law[2] for law, _ in laws),
+        per_sample_cubed_bytes=tuple(law[3] for law, _ in laws) if any(law[3] for law, _ in laws) else (),
         rounding_bytes=tuple(rounding for _, rounding in laws),
         death=tuple(-1 if death >= NEVER else death for death in deaths),
         kind=tuple(allocation.kind for allocation in allocations),
@@ -227,24 +197,47 @@ _LiveLaw = tuple[Polynomial, Counter[Law], int]
 
 def _live_laws(table: AllocationTable) -> Iterator[_LiveLaw]:
     dying: dict[int, list[Law]] = {}
-    live = (0, 0, 0)
+    live: Polynomial = (0, 0, 0, 0)
     rounded: Counter[Law] = Counter()
     for index, (entry, death) in enumerate(zip(_laws_of(table), table.death, strict=True)):
-        changes = [(entry, 1), *((dead, -1) for dead in dying.pop(index, ()))]
-        for (law, multiple), sign in changes:
+        for (law, multiple), sign in [(entry, 1), *((dead, -1) for dead in dying.pop(index, ()))]:
             if multiple == 1:
-                live = (live[0] + sign * law[0], live[1] + sign * law[1], live[2] + sign * law[2])
+                live = _sum(live, law, sign)
             else:
-                rounded = rounded + Counter({(law, multiple): 1}) if sign > 0 else rounded - Counter({(law, multiple): 1})
+                rounded = Counter(rounded)
+                rounded[law, multiple] += sign
         if death >= 0:
             dying.setdefault(death, []).append(entry)
-        yield live, rounded, index
+        yield live, +rounded, index
 
 
 def _undominated(found: Iterator[_LiveLaw]) -> list[_LiveLaw]:
-    """Drop every moment that another one matches or exceeds in all three coefficients and in its rounded laws, hence at every size."""
+    """Drop every moment that another one matches or exceeds at every size."""
+
+    def largest_first(entry: _LiveLaw) -> tuple[tuple[int, ...], int]:
+        return _bound(entry[0], entry[1], 0)[::-1], entry[1].total()
+
     kept: list[_LiveLaw] = []
-    for law, rounded, index in sorted(found, key=lambda entry: (entry[1].total(), entry[0][::-1]), reverse=True):
-        if not any(all(theirs >= ours for theirs, ours in zip(other, law, strict=True)) and rounded <= more for other, more, _ in kept):
-            kept.append((law, rounded, index))
+    for moment in sorted(found, key=largest_first, reverse=True):
+        if not any(_dominates(other, moment) for other in kept):
+            kept.append(moment)
     return kept
+
+
+def _dominates(one: _LiveLaw, other: _LiveLaw) -> bool:
+    """Whether one moment holds no less than another at every size, for all that is known of what only one of them rounds up."""
+    more, less = one[0], other[0]
+    if one[1] != other[1]:
+        more, less = _bound(more, one[1] - other[1], 0), _bound(less, other[1] - one[1], 1)
+    return all(theirs >= ours for theirs, ours in zip(more, less, strict=True))
+
+
+def _bound(law: Polynomial, rounded: Counter[Law], slack: int) -> Polynomial:
+    """Add rounded laws to a polynomial: from below (slack 0) as they are before rounding, from above (slack 1) with all that it can add."""
+    for (term, multiple), count in rounded.items():
+        law = _sum(_sum(law, term, count), (slack * (multiple - 1), 0, 0, 0), count)
+    return law
+
+
+def _sum(one: Polynomial, other: Polynomial, factor: int) -> Polynomial:
+    return one[0] + factor * other[0], one[1] + factor * other[1], one[2] + factor * other[2], one[3] + factor * other[3]

@@ -10,22 +10,29 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from rightbatch.engine.allocation_laws import UnmatchedLogsError, deviation, join, live_peak, moments, peak_of
+from rightbatch.engine.allocation_laws import UnmatchedLogsError, deviation, join, live_peak, moments, peak_of, predicted_peak
 from rightbatch.engine.memory_trace import AllocationLog
 from rightbatch.records.measurements import AllocationTable, LiveMoment
 
 Record = Callable[[int, int], AllocationLog]
 """Takes a size and a draw: 0 for the usual samples and random numbers, 1 for others."""
 
-CHECKED_SIZES = (128, 64, 32, 16, 8)
-"""Candidates for the large size, largest first."""
+CHECKED_SIZES = (113, 59, 27, 19, 11)
+"""Candidates for the large size, largest first: odd and well below a power of two, lest these and whole pieces look like a line."""
 LARGEST_GROWTH_BYTES = 2**25
 """The large size may need so much more than two samples do."""
 LEAST_LIMIT_RATIO = 8
 """And takes so much less than the device may hold."""
+CONFIRMED = 4
+"""Laws that begin at a size are confirmed at so many times this size."""
+MOST_CHANGES = 3
+"""More changes than these are a pattern that no small size shows."""
 MOST_HALVED_ALLOCATIONS = 2000
 """A step with more allocations takes too long to be recorded ten times more."""
-_LEAST_CHECKED_SIZE = 5
+_FURTHER_SIZES = (5, 7)
+"""Recorded where an allocation is not affine; the first of them is the check where nothing larger is cheap."""
+_EVERY_FRACTION = 12
+"""A multiple of this is a whole number of halves, thirds and quarters."""
 _UNKNOWN_POWER = 3.0
 """How an allocation is taken to grow that is empty at the smaller of two sizes."""
 
@@ -76,6 +83,15 @@ class _Recordings:
         return tuple(sorted(self.logs))
 
 
+@dataclass(frozen=True)
+class _Change:
+    last: int
+    """The last size at which the laws hold."""
+    reason: str
+    """How the next size departs from them."""
+    table: AllocationTable
+
+
 def learn(record: Record, *, limit_bytes: int | None = None) -> LearnedTrace:
     """Record a few sizes, and find the moments that can be the peak at any size.
 
@@ -92,7 +108,6 @@ def learn(record: Record, *, limit_bytes: int | None = None) -> LearnedTrace:
     except UnmatchedLogsError as error:
         remark = f"The trace was given up: {error}; the ceiling is searched for by measuring alone."
         return LearnedTrace(recordings.sizes, (), None, is_exact=False, remark=remark)
-    remarks = [bound] if bound else []
     found: list[LiveMoment] = []
     smallest = 1
     single = recordings.logs.get(1)
@@ -100,20 +115,15 @@ def learn(record: Record, *, limit_bytes: int | None = None) -> LearnedTrace:
         found.append(_single_moment(single))
         smallest = 2
     disorder = next(filter(None, (deviation(table, recordings.at(size)) for size in known if size >= smallest)), "")
-    if disorder:
-        remarks.append(f"The trace is a bound: {disorder}.")
-    is_exact = not remarks
-    change = "" if checked in known else deviation(table, recordings.at(checked))
-    if change:
-        try:
-            last, upper = _laws_above_a_change(recordings, table, max(known), checked)
-        except UnmatchedLogsError:
-            is_exact = False
-            remarks.append(f"The trace is an estimate above {max(known)} samples: {change} at {checked} samples.")
-        else:
-            remarks.append(f"Other laws hold from {last + 1} samples on: {change}.")
-            found += moments(table, smallest_size=smallest, largest_size=last)
-            smallest, table = last + 1, upper
+    remarks = [bound] if bound else []
+    remarks += [f"The trace is a bound: {disorder}."] if disorder else []
+    changes, table, doubt = _changes(recordings, table, max(known), checked, limit_bytes)
+    is_exact = not remarks and not doubt
+    for change in changes:
+        remarks.append(f"Other laws hold from {change.last + 1} samples on: {change.reason}.")
+        found += moments(change.table, smallest_size=smallest, largest_size=change.last)
+        smallest = change.last + 1
+    remarks += [f"The trace is an estimate {doubt}."] if doubt else []
     found += moments(table, smallest_size=smallest)
     return LearnedTrace(recordings.sizes, tuple(found), table, is_exact=is_exact, remark=" ".join(remarks))
 
@@ -123,14 +133,12 @@ def _record_large_size(recordings: _Recordings, pair: tuple[int, int], limit_byt
     one, other = (recordings.at(size) for size in pair)
     if len(one.allocations) != len(other.allocations):
         one, other = recordings.at(2), recordings.at(3)
-    largest_bytes = peak_of(one)[0] + LARGEST_GROWTH_BYTES
-    if limit_bytes is not None:
-        largest_bytes = min(largest_bytes, limit_bytes // LEAST_LIMIT_RATIO)
+    largest_bytes = _largest_bytes(peak_of(one)[0] + LARGEST_GROWTH_BYTES, limit_bytes)
     for size in CHECKED_SIZES:
         if _expected_peak(one, other, size) <= largest_bytes and recordings.try_at(size, 1) is not None:
             return size
-    recordings.at(_LEAST_CHECKED_SIZE, 1)
-    return _LEAST_CHECKED_SIZE
+    recordings.at(_FURTHER_SIZES[0], 1)
+    return _FURTHER_SIZES[0]
 
 
 def _expected_peak(one: AllocationLog, other: AllocationLog, size: int) -> int:
@@ -152,41 +160,92 @@ def _small_laws(recordings: _Recordings, pair: tuple[int, int], checked: int) ->
     Returns:
         The table, what is only bounded in it, and the sizes that were joined.
     """
-    for sizes in dict.fromkeys(((*pair, checked), (2, 3, checked), (1, 2, 3, checked), (2, 3, _LEAST_CHECKED_SIZE, checked))):
-        if len(set(sizes)) < len(sizes) or (1 in sizes and 1 not in pair):
-            continue
-        with contextlib.suppress(UnmatchedLogsError):
-            return *recordings.join(*sizes), sizes
-    sizes = (2, 3, _LEAST_CHECKED_SIZE, 7)
-    return *recordings.join(*sizes), sizes
+    five, seven = _FURTHER_SIZES
+    small = (2, 3, five, seven)
+    middle = 2 * checked // 3 // _EVERY_FRACTION * _EVERY_FRACTION
+    choices = [
+        (*pair, checked),
+        (2, 3, checked),
+        (1, 2, 3, checked),
+        (2, 3, five, checked),
+        (*small, checked),
+        (*small, middle, checked),
+        small,
+    ]
+    failure: UnmatchedLogsError | None = None
+    for sizes in choices:
+        if list(sizes) == sorted(set(sizes)) and (1 not in sizes or 1 in pair):
+            try:
+                return *recordings.join(*sizes), sizes
+            except UnmatchedLogsError as error:
+                failure = error
+    raise failure or UnmatchedLogsError("no size was recorded")
 
 
-def _laws_above_a_change(recordings: _Recordings, table: AllocationTable, last: int, broken: int) -> tuple[int, AllocationTable]:
-    """Find the last size at which the laws hold, and the laws above it.
+def _changes(
+    recordings: _Recordings, table: AllocationTable, known: int, checked: int, limit_bytes: int | None
+) -> tuple[list[_Change], AllocationTable, str]:
+    """Follow the laws from a size at which they hold to one at which they may not.
+
+    New laws count as confirmed where they hold at four times the size at which they begin: what is cut into pieces of a fixed size keeps
+    its laws for no longer than a piece.
 
     Args:
         recordings: What was recorded.
-        table: Laws that hold at ``last`` and not at ``broken``.
-        last: A size at which they hold.
-        broken: A larger size at which they do not.
+        table: Laws that hold at ``known``.
+        known: A size at which they hold.
+        checked: A size at which they may not.
+        limit_bytes: What the device may hold.
 
-    Raises:
-        UnmatchedLogsError: No laws hold from there to ``broken``, or looking for them would take long.
+    Returns:
+        The changes in ascending order, the laws above the last, and why these are doubtful; empty when they are not.
     """
-    if len(table.death) > MOST_HALVED_ALLOCATIONS:
-        raise UnmatchedLogsError("a step with so many allocations is not recorded ten times more")
-    high = broken
-    while high - last > 1:
-        middle = (last + high) // 2
+    changes: list[_Change] = []
+    largest_bytes = _largest_bytes(peak_of(recordings.at(2))[0] + CONFIRMED * LARGEST_GROWTH_BYTES, limit_bytes)
+    while reason := deviation(table, recordings.at(checked)):
+        if len(changes) == MOST_CHANGES or len(table.death) > MOST_HALVED_ALLOCATIONS:
+            return changes, table, f"above {known} samples: {reason} at {checked} samples"
+        last = _last_size(recordings, table, known, checked)
+        try:
+            upper, known = _laws_from(recordings, last + 1, checked)
+        except UnmatchedLogsError as error:
+            return changes, table, f"above {last} samples: {error}"
+        changes.append(_Change(last, deviation(table, recordings.at(last + 1)), table))
+        table = upper
+        confirmed = CONFIRMED * (last + 1)
+        if confirmed > checked and (predicted_peak(table, confirmed) > largest_bytes or recordings.try_at(confirmed) is None):
+            return changes, table, f"above {checked} samples: no larger size was recorded"
+        checked = max(checked, confirmed)
+    return changes, table, ""
+
+
+def _last_size(recordings: _Recordings, table: AllocationTable, last: int, broken: int) -> int:
+    """Return the last size at which laws hold that hold at one size and not at a larger one, by halving."""
+    while broken - last > 1:
+        middle = (last + broken) // 2
         log = recordings.try_at(middle)
         if log is None or deviation(table, log):
-            high = middle
+            broken = middle
         else:
             last = middle
-    end = max(broken, high + 3)
-    with contextlib.suppress(UnmatchedLogsError):
-        return last, recordings.join(high, high + 1, end)[0]
-    return last, recordings.join(high, high + 1, high + 2, end)[0]
+    return last
+
+
+def _laws_from(recordings: _Recordings, first: int, checked: int) -> tuple[AllocationTable, int]:
+    """Find the laws that hold from a size on, and the largest size that confirms them: the checked one, or one nearby."""
+    choices = [(first, first + 1, checked), (first, first + 1, first + 2, checked), tuple(range(first, first + 4))]
+    failure: UnmatchedLogsError | None = None
+    for sizes in choices:
+        if list(sizes) == sorted(set(sizes)):
+            try:
+                return recordings.join(*sizes)[0], sizes[-1]
+            except UnmatchedLogsError as error:
+                failure = error
+    raise failure or UnmatchedLogsError("no size was recorded")
+
+
+def _largest_bytes(wanted_bytes: int, limit_bytes: int | None) -> int:
+    return wanted_bytes if limit_bytes is None else min(wanted_bytes, limit_bytes // LEAST_LIMIT_RATIO)
 
 
 def _single_moment(log: AllocationLog) -> LiveMoment:

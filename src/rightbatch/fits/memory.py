@@ -61,11 +61,19 @@ def peak_moment(trace: MemoryTrace, micro_batch_size: int) -> LiveMoment:
     return max(_moments_at(trace, micro_batch_size), key=lambda moment: _live_bytes(moment, micro_batch_size))
 
 
+def sizes_bytes(table: AllocationTable, micro_batch_size: int) -> list[int]:
+    """Return the bytes of every allocation of a table at one size."""
+    cubed = table.per_sample_cubed_bytes or (0,) * len(table.fixed_bytes)
+    columns = zip(table.fixed_bytes, table.per_sample_bytes, table.per_sample_squared_bytes, cubed, table.rounding_bytes, strict=True)
+    b = micro_batch_size
+    return [
+        -(-(fixed + b * (slope + b * (squared + b * cube))) // rounding) * rounding for fixed, slope, squared, cube, rounding in columns
+    ]
+
+
 def live_at_peak(table: AllocationTable, micro_batch_size: int) -> dict[int, int]:
     """Return the bytes of each allocation that is live at the peak, by its place in the table."""
-    b = micro_batch_size
-    columns = zip(table.fixed_bytes, table.per_sample_bytes, table.per_sample_squared_bytes, table.rounding_bytes, strict=True)
-    sizes = [-(-(fixed + slope * b + curvature * b * b) // rounding) * rounding for fixed, slope, curvature, rounding in columns]
+    sizes = sizes_bytes(table, micro_batch_size)
     dying: dict[int, list[int]] = {}
     live, peak, peak_place = 0, -1, 0
     for index, (size_bytes, death) in enumerate(zip(sizes, table.death, strict=True)):
@@ -177,7 +185,8 @@ def _live_bytes(moment: LiveMoment, size: int) -> int:
 
 
 def _polynomial(term: LiveMoment | RoundedBytes, size: int) -> int:
-    return term.fixed_bytes + term.per_sample_bytes * size + term.per_sample_squared_bytes * size**2
+    squared, cubed = term.per_sample_squared_bytes * size**2, term.per_sample_cubed_bytes * size**3
+    return term.fixed_bytes + term.per_sample_bytes * size + squared + cubed
 
 
 def _moments_at(trace: MemoryTrace, size: int) -> list[LiveMoment]:
