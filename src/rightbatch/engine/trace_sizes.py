@@ -19,8 +19,8 @@ Record = Callable[[int, int], AllocationLog]
 
 CHECKED_SIZES = (113, 59, 27, 19, 11)
 """Candidates for the large size, largest first: odd and well below a power of two, lest these and whole pieces look like a line."""
-LARGEST_GROWTH_BYTES = 2**25
-"""The large size may need so much more than two samples do."""
+LARGEST_GROWTH_BYTES = 2**24
+"""The large size may need so much more than the smallest recorded one."""
 LEAST_LIMIT_RATIO = 8
 """And takes so much less than the device may hold."""
 CONFIRMED = 4
