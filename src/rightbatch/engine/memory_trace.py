@@ -13,19 +13,29 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from rightbatch.engine.module_names import ModuleNames
+from rightbatch.engine.recurrent_workspace import PAGE_BYTES, is_workspace, paged_parts
 from rightbatch.records.measurements import AllocationKind
 from rightbatch.workload.ingredients import tensors_of
 
 NEVER = 2**62
 """The death of a storage that outlives the steps."""
+_BY_ROW, _BY_COLUMN = ("crow_indices", "col_indices", "values"), ("ccol_indices", "row_indices", "values")
+_SPARSE_COMPONENTS = {
+    torch.sparse_coo: ("_indices", "_values"),
+    torch.sparse_csr: _BY_ROW,
+    torch.sparse_bsr: _BY_ROW,
+    torch.sparse_csc: _BY_COLUMN,
+    torch.sparse_bsc: _BY_COLUMN,
+}
+"""Methods that return the strided tensors of which a sparse one consists."""
 
 
 @dataclass(slots=True)
 class Allocation:
-    """One storage: when it came, when it went, how large it was.
+    """One storage: when it came, when it went, how large it was. A storage whose kernel rounds its parts up is one allocation a part.
 
     Attributes:
         size_bytes: Bytes of the storage.
@@ -34,6 +44,8 @@ class Allocation:
         death: Number of allocations that had been made when it was freed; ``2**62`` when it was not.
         kind: What it is for.
         in_backward: Whether the backward pass made it.
+        rounding_bytes: Multiple that a kernel rounded it up to.
+        unrounded_bytes: Its bytes before that; none when they are not known.
     """
 
     size_bytes: int
@@ -42,6 +54,8 @@ class Allocation:
     death: int = NEVER
     kind: AllocationKind = AllocationKind.TEMPORARY
     in_backward: bool = False
+    rounding_bytes: int = 1
+    unrounded_bytes: int | None = None
 
 
 @dataclass(slots=True)
@@ -59,44 +73,69 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._log = log
         self._modules = modules
-        self._known: dict[int, Allocation] = {}
+        self._known: dict[int, tuple[Allocation, ...]] = {}
         self._open = True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         result = func(*args, **(kwargs or {}))
         for tensor in tensors_of(result):
-            self.note(tensor, str(func.overloadpacket))
+            self.note(tensor, str(func.overloadpacket), inputs=args)
         return result
 
-    def note(self, tensor: Tensor, operation: str, kind: AllocationKind = AllocationKind.TEMPORARY) -> None:
-        """Log the tensor's storage unless it is known."""
-        if tensor.layout is not torch.strided:
-            return
-        storage = tensor.untyped_storage()
-        key = storage._cdata  # noqa: SLF001  # the storage's identity; the Python object is only a handle
-        if key in self._known:
-            return
-        in_backward = torch._C._current_graph_task_id() >= 0  # noqa: SLF001  # set while the autograd engine runs on this thread
-        allocation = Allocation(storage.nbytes(), self._modules.current, operation, kind=kind, in_backward=in_backward)
-        self._known[key] = allocation
-        self._log.allocations.append(allocation)
-        weakref.finalize(storage, self._bury, allocation, key).atexit = False
+    def note(self, tensor: Tensor, operation: str, kind: AllocationKind = AllocationKind.TEMPORARY, inputs: Sequence[object] = ()) -> None:
+        """Log the tensor's storages unless they are known."""
+        for storage in storages_of(tensor):
+            key = storage._cdata  # noqa: SLF001  # the storage's identity; the Python object is only a handle
+            if key in self._known:
+                continue
+            allocations = tuple(
+                Allocation(
+                    size_bytes,
+                    self._modules.current,
+                    operation,
+                    kind=kind,
+                    in_backward=torch._C._current_graph_task_id() >= 0,  # noqa: SLF001  # set while the autograd engine runs on this thread
+                    rounding_bytes=rounding_bytes,
+                    unrounded_bytes=unrounded_bytes,
+                )
+                for size_bytes, rounding_bytes, unrounded_bytes in _parts(storage.nbytes(), tensor, operation, inputs)
+            )
+            self._known[key] = allocations
+            self._log.allocations += allocations
+            weakref.finalize(storage, self._bury, allocations, key).atexit = False
 
-    def _bury(self, allocation: Allocation, key: int) -> None:
+    def _bury(self, allocations: tuple[Allocation, ...], key: int) -> None:
         self._known.pop(key, None)
         if self._open:
-            allocation.death = len(self._log.allocations)
+            for allocation in allocations:
+                allocation.death = len(self._log.allocations)
 
     def mark(self, kind: AllocationKind, tensors: Sequence[Tensor]) -> None:
         """Say what some tensors are for; those whose storage was not logged are passed over."""
-        for tensor in tensors:
-            allocation = self._known.get(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else None  # noqa: SLF001
-            if allocation is not None:
+        for storage in (storage for tensor in tensors for storage in storages_of(tensor)):
+            for allocation in self._known.get(storage._cdata, ()):  # noqa: SLF001
                 allocation.kind = kind
 
     def close(self) -> None:
         """Stop dating deaths: what lives now outlives the steps."""
         self._open = False
+
+
+def _parts(size_bytes: int, tensor: Tensor, operation: str, inputs: Sequence[object]) -> list[tuple[int, int, int | None]]:
+    """Return (bytes, multiple they are rounded up to, bytes before) of each part of a storage; nearly always there is one."""
+    if not is_workspace(operation, tensor):
+        return [(size_bytes, 1, None)]
+    parts = paged_parts(inputs, size_bytes)
+    return [(-(-part // PAGE_BYTES) * PAGE_BYTES, PAGE_BYTES, part) for part in parts] or [(size_bytes, PAGE_BYTES, None)]
+
+
+def storages_of(tensor: Tensor) -> list[torch.UntypedStorage]:
+    """Return the storages of a tensor: one when it is strided, that of each component when it is sparse, none when it has no storage."""
+    if tensor.layout is torch.strided:
+        return [tensor.untyped_storage()]
+    names = _SPARSE_COMPONENTS.get(tensor.layout, ())
+    with _disable_current_modes():
+        return [getattr(tensor, name)().untyped_storage() for name in names]
 
 
 Mark = Callable[[AllocationKind, Sequence[Tensor]], None]

@@ -121,6 +121,10 @@ class Rig:
             self._pool = [self.workload.train[int(index)] for index in indices]
         return self.place(self.collate([self._pool[index % len(self._pool)] for index in range(size)]))
 
+    def redrawn(self) -> "Rig":
+        """Return the same rig with other random numbers, whose typical batches hold the same samples from the last to the first."""
+        return replace(self, seed=self.seed + 1, _pool=self._pool[::-1], _loss_is_sum=self.loss_is_sum)
+
     def real_batch(self, indices: Sequence[int]) -> Batch:
         """Return a batch of these very samples on the device."""
         return self.place(self.collate([self.workload.train[int(index)] for index in indices]))

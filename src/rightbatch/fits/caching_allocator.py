@@ -87,9 +87,10 @@ class Recording:
     """
 
     def __init__(self, table: AllocationTable, *, expandable_segments: bool = False) -> None:
-        self._fixed, self._per_sample, self._squared, self._rounding = (
+        cubed = table.per_sample_cubed_bytes or (0,) * len(table.fixed_bytes)
+        self._fixed, self._per_sample, self._squared, self._cubed, self._rounding = (
             np.array(column, dtype=np.int64)
-            for column in (table.fixed_bytes, table.per_sample_bytes, table.per_sample_squared_bytes, table.rounding_bytes)
+            for column in (table.fixed_bytes, table.per_sample_bytes, table.per_sample_squared_bytes, cubed, table.rounding_bytes)
         )
         self._deaths = table.death
         self._expandable_segments = expandable_segments
@@ -97,9 +98,11 @@ class Recording:
         self._known: dict[int, Replay] = {}
 
     def sizes_bytes(self, micro_batch_size: int) -> NDArray[np.int64]:
-        """Bytes of every allocation at one size: (fixed + per_sample * b + per_sample_squared * b**2), rounded up."""
-        exact = self._fixed + self._per_sample * micro_batch_size + self._squared * micro_batch_size**2
-        return -(-exact // self._rounding) * self._rounding
+        """Bytes of every allocation at one size: its polynomial, rounded up."""
+        b = micro_batch_size
+        exact = self._fixed + b * (self._per_sample + b * (self._squared + b * self._cubed))
+        rounded: NDArray[np.int64] = -(-exact // self._rounding) * self._rounding
+        return rounded
 
     def live_bytes(self, micro_batch_size: int) -> int:
         """Peak of the live allocations, each rounded to whole blocks: what no allocator of this kind can do without."""

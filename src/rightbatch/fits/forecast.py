@@ -72,10 +72,12 @@ def with_workspaces(table: AllocationTable, factor: int) -> AllocationTable:
     added_before = [0]
     for operation in table.operation:
         added_before.append(added_before[-1] + (operation in marked))
-    columns: dict[str, list[int]] = {name: [] for name in ("fixed", "per_sample", "squared", "rounding", "death", "module", "operation")}
+    names = ("fixed", "per_sample", "squared", "cubed", "rounding", "death", "module", "operation")
+    columns: dict[str, list[int]] = {name: [] for name in names}
+    cubed = table.per_sample_cubed_bytes or (0,) * len(table.fixed_bytes)
     kinds: list[AllocationKind] = []
     for index, operation in enumerate(table.operation):
-        law = (table.fixed_bytes[index], table.per_sample_bytes[index], table.per_sample_squared_bytes[index])
+        law = (table.fixed_bytes[index], table.per_sample_bytes[index], table.per_sample_squared_bytes[index], cubed[index])
         death = table.death[index]
         rows = [(1, death if death < 0 else death + added_before[death], table.kind[index])]
         if operation in marked:
@@ -89,6 +91,7 @@ def with_workspaces(table: AllocationTable, factor: int) -> AllocationTable:
         fixed_bytes=tuple(columns["fixed"]),
         per_sample_bytes=tuple(columns["per_sample"]),
         per_sample_squared_bytes=tuple(columns["squared"]),
+        per_sample_cubed_bytes=tuple(columns["cubed"]) if any(cubed) else (),
         rounding_bytes=tuple(columns["rounding"]),
         death=tuple(columns["death"]),
         kind=tuple(kinds),

@@ -15,6 +15,7 @@ from rightbatch.records.measurements import (
     MemoryPoint,
     MemoryTrace,
     Outcome,
+    RoundedBytes,
 )
 from rightbatch.units import format_bytes, format_percent
 
@@ -41,12 +42,12 @@ class Calibration:
 
 
 def traced_peak_bytes(trace: MemoryTrace, micro_batch_size: int) -> int:
-    """Peak live bytes at ``micro_batch_size``: max over moments of fixed + per_sample * b + per_sample_squared * b**2.
+    """Peak live bytes at ``micro_batch_size``: the most over the moments that exist at this size.
 
     Returns:
         Bytes; 0 for a trace without moments.
     """
-    return max((_live_bytes(moment, micro_batch_size) for moment in trace.moments), default=0)
+    return max((_live_bytes(moment, micro_batch_size) for moment in _moments_at(trace, micro_batch_size)), default=0)
 
 
 def peak_moment(trace: MemoryTrace, micro_batch_size: int) -> LiveMoment:
@@ -57,14 +58,22 @@ def peak_moment(trace: MemoryTrace, micro_batch_size: int) -> LiveMoment:
     """
     if not trace.moments:
         raise ValueError("a trace with at least one moment is needed to name the peak; got none: check trace.moments first.")
-    return max(trace.moments, key=lambda moment: _live_bytes(moment, micro_batch_size))
+    return max(_moments_at(trace, micro_batch_size), key=lambda moment: _live_bytes(moment, micro_batch_size))
+
+
+def sizes_bytes(table: AllocationTable, micro_batch_size: int) -> list[int]:
+    """Return the bytes of every allocation of a table at one size."""
+    cubed = table.per_sample_cubed_bytes or (0,) * len(table.fixed_bytes)
+    columns = zip(table.fixed_bytes, table.per_sample_bytes, table.per_sample_squared_bytes, cubed, table.rounding_bytes, strict=True)
+    b = micro_batch_size
+    return [
+        -(-(fixed + b * (slope + b * (squared + b * cube))) // rounding) * rounding for fixed, slope, squared, cube, rounding in columns
+    ]
 
 
 def live_at_peak(table: AllocationTable, micro_batch_size: int) -> dict[int, int]:
     """Return the bytes of each allocation that is live at the peak, by its place in the table."""
-    b = micro_batch_size
-    columns = zip(table.fixed_bytes, table.per_sample_bytes, table.per_sample_squared_bytes, table.rounding_bytes, strict=True)
-    sizes = [-(-(fixed + slope * b + curvature * b * b) // rounding) * rounding for fixed, slope, curvature, rounding in columns]
+    sizes = sizes_bytes(table, micro_batch_size)
     dying: dict[int, list[int]] = {}
     live, peak, peak_place = 0, -1, 0
     for index, (size_bytes, death) in enumerate(zip(sizes, table.death, strict=True)):
@@ -170,7 +179,18 @@ def fit_memory(measurements: MemoryMeasurements) -> MemoryCurve:
 
 
 def _live_bytes(moment: LiveMoment, size: int) -> int:
-    return moment.fixed_bytes + moment.per_sample_bytes * size + moment.per_sample_squared_bytes * size**2
+    return _polynomial(moment, size) + sum(
+        -(-_polynomial(term, size) // term.multiple_bytes) * term.multiple_bytes for term in moment.rounded
+    )
+
+
+def _polynomial(term: LiveMoment | RoundedBytes, size: int) -> int:
+    squared, cubed = term.per_sample_squared_bytes * size**2, term.per_sample_cubed_bytes * size**3
+    return term.fixed_bytes + term.per_sample_bytes * size + squared + cubed
+
+
+def _moments_at(trace: MemoryTrace, size: int) -> list[LiveMoment]:
+    return [m for m in trace.moments if m.smallest_size <= max(size, 1) and (m.largest_size is None or size <= m.largest_size)]
 
 
 def _is_sane(trace: MemoryTrace, scale: float, offset: float) -> bool:

@@ -10,16 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rightbatch.engine.allocation_laws import UnmatchedLogsError, join, moments, needs_a_large_size, needs_another_size
-from rightbatch.engine.memory_trace import AllocationLog, Mark, record
+from rightbatch.engine.memory_trace import AllocationLog, Mark, record, storages_of
 from rightbatch.engine.meters import capped
 from rightbatch.engine.rig import Rig
 from rightbatch.engine.step import Trainee, loss_sum, train_step
+from rightbatch.engine.trace_sizes import learn
 from rightbatch.records.measurements import (
     AllocationKind,
-    AllocationTable,
     AlternativeTrace,
-    LiveMoment,
     MemoryLimit,
     MemoryPoint,
     MemoryTrace,
@@ -27,9 +25,6 @@ from rightbatch.records.measurements import (
 )
 from rightbatch.workload.ingredients import Batch, Workload, tensors_of
 
-_TRACED_SIZES = (2, 3, 5, 7)
-_LEAST_RECORDINGS = 3
-_LARGE_TRACED_SIZE = 64
 Change = Literal["bf16", "checkpointing", "sgd", "sgd with momentum", "adam"]
 
 
@@ -39,17 +34,18 @@ def limit(rig: Rig, requested_bytes: int | None) -> tuple[MemoryLimit, str]:
     return rig.meters.memory.limit(requested_bytes), rig.meters.memory.description
 
 
-def trace(rig: Rig, *, accumulation_steps: int = 1) -> MemoryTrace:
-    """Record two optimizer steps at sizes 2, 3 and 5, and 7 where a law needs it, on the rig's device, and join the recordings.
+def trace(rig: Rig, *, accumulation_steps: int = 1, limit_bytes: int | None = None) -> MemoryTrace:
+    """Record two optimizer steps at a few sizes on the rig's device, and join the recordings.
 
     Two steps, because the first has no optimizer state yet. A compiled model is traced as it runs without compilation.
 
     Args:
         rig: The workload on its device.
         accumulation_steps: Micro-batches a step; more than two need no more memory than two.
+        limit_bytes: What the device may hold; the recordings stay far below.
     """
     rig.say("recording the allocations of a step")
-    return _trace(rig, lambda trainee, batch, mark: _two_steps(trainee, [batch] * accumulation_steps, mark))
+    return _trace(rig, limit_bytes, lambda trainee, batch, mark: _two_steps(trainee, [batch] * accumulation_steps, mark))
 
 
 def record_step(rig: Rig, size: int, *, accumulation_steps: int = 1) -> AllocationLog:
@@ -64,8 +60,8 @@ def _two_steps(trainee: Trainee, micro_batches: Sequence[Batch], mark: Mark) -> 
         mark(AllocationKind.OPTIMIZER_STATE, tensors_of(list(trainee.optimizer.state.values())))
 
 
-def evaluation_trace(rig: Rig) -> MemoryTrace:
-    """Record a forward pass in evaluation mode without gradients, with the loss, as a validation loop runs it."""
+def evaluation_trace(rig: Rig, *, limit_bytes: int | None = None) -> MemoryTrace:
+    """Record a forward pass in evaluation mode without gradients, with the loss, as a validation loop runs it; see ``trace``."""
     rig.say("recording the allocations of an evaluation")
 
     def forward(trainee: Trainee, batch: Batch, _mark: Mark) -> None:
@@ -73,10 +69,10 @@ def evaluation_trace(rig: Rig) -> MemoryTrace:
         with torch.no_grad():
             loss_sum(trainee, batch)
 
-    return _trace(rig, forward)
+    return _trace(rig, limit_bytes, forward)
 
 
-def alternatives(rig: Rig) -> tuple[AlternativeTrace, ...]:
+def alternatives(rig: Rig, *, limit_bytes: int | None = None) -> tuple[AlternativeTrace, ...]:
     """Trace the workload again with one thing changed at a time; a change that does not run, or changes nothing, is left out."""
     current = rig.new_trainee(compiled=False).optimizer
     has_momentum = bool(current.defaults.get("momentum"))
@@ -94,7 +90,7 @@ def alternatives(rig: Rig) -> tuple[AlternativeTrace, ...]:
     for change, workload in changes.items():
         rig.say(f"recording the allocations of a step with {change}")
         with contextlib.suppress(Exception):  # the user never asked for this change: that it fails is no news
-            found = trace(replace(rig, workload=workload, _loss_is_sum=rig.loss_is_sum))
+            found = trace(replace(rig, workload=workload, _loss_is_sum=rig.loss_is_sum), limit_bytes=limit_bytes)
             if found.moments:
                 traced.append(AlternativeTrace(change=change, trace=found))
     return tuple(traced)
@@ -136,31 +132,24 @@ def _run_layers(layers: tuple[nn.Module, ...], hidden: Tensor) -> Tensor:
     return hidden
 
 
-def _trace(rig: Rig, run: Callable[[Trainee, Batch, Mark], None]) -> MemoryTrace:
+def _trace(rig: Rig, limit_bytes: int | None, run: Callable[[Trainee, Batch, Mark], None]) -> MemoryTrace:
     shares = _Shares()
-    logs: list[AllocationLog] = []
-    table: AllocationTable | None = None
-    found: tuple[LiveMoment, ...] = ()
-    remark = ""
-    try:
-        for size in _TRACED_SIZES:
-            logs.append(_record(rig, size, shares, run))
-            if len(logs) >= _LEAST_RECORDINGS and not needs_another_size(logs):
-                break
-        if len(logs) == len(_TRACED_SIZES) and needs_a_large_size(logs):
-            logs.append(_record(rig, _LARGE_TRACED_SIZE, shares, run))
-        table, remark = join(logs)
-        found = moments(table)
-    except UnmatchedLogsError as error:
-        remark = f"The trace was given up: {error}; the ceiling is searched for by measuring alone."
+    others: list[Rig] = []
+
+    def record_at(size: int, draw: int) -> AllocationLog:
+        if draw and not others:
+            others.append(rig.redrawn())
+        return _record(others[0] if draw else rig, size, shares, run)
+
+    learned = learn(record_at, limit_bytes=limit_bytes)
     return MemoryTrace(
-        batch_sizes=tuple(log.batch_size for log in logs),
-        recorded_on=_recorded_on(rig) if found else "none",
+        batch_sizes=learned.sizes,
+        recorded_on=_recorded_on(rig) if learned.moments else "none",
         event_count=shares.event_count,
-        moments=found,
-        consistent=bool(found) and not remark,
-        remark=remark,
-        allocations=table,
+        moments=learned.moments,
+        consistent=learned.is_exact,
+        remark=learned.remark,
+        allocations=learned.table,
         parameter_bytes=shares.parameter_bytes,
         gradient_bytes=shares.gradient_bytes,
         optimizer_state_bytes=shares.optimizer_state_bytes,
@@ -175,11 +164,11 @@ def _recorded_on(rig: Rig) -> Literal["device", "meta"]:
 
 def no_trace(remark: str) -> MemoryTrace:
     """Return the trace that says that there is none."""
-    return MemoryTrace(batch_sizes=_TRACED_SIZES, recorded_on="none", event_count=0, moments=(), consistent=False, remark=remark)
+    return MemoryTrace(batch_sizes=(), recorded_on="none", event_count=0, moments=(), consistent=False, remark=remark)
 
 
 class _Shares:
-    """Bytes by kind, filled in while recording."""
+    """Bytes by kind, filled in by the first recording."""
 
     event_count = 0
     parameter_bytes = 0
@@ -200,6 +189,8 @@ def _record(rig: Rig, size: int, shares: _Shares, run: Callable[[Trainee, Batch,
     if trainee.average is not None:
         held[AllocationKind.AVERAGE] = [*trainee.average.parameters(), *trainee.average.buffers()]
     log = record(size, trainee.model, held, lambda mark: run(trainee, batch, mark))
+    if shares.event_count:
+        return log
     shares.event_count = len(log.allocations)
     shares.parameter_bytes = _total_bytes(held[AllocationKind.PARAMETER])
     shares.gradient_bytes = _total_bytes([parameter.grad for parameter in trainee.parameters])
@@ -210,7 +201,11 @@ def _record(rig: Rig, size: int, shares: _Shares, run: Callable[[Trainee, Batch,
 
 
 def _total_bytes(nested: object) -> int:
-    return sum(tensor.nbytes for tensor in tensors_of(nested))
+    return sum(tensor.nbytes if tensor.layout is torch.strided else _stored_bytes(tensor) for tensor in tensors_of(nested))
+
+
+def _stored_bytes(tensor: Tensor) -> int:
+    return sum(storage.nbytes() for storage in storages_of(tensor))
 
 
 def attempt(

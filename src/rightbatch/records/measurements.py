@@ -18,15 +18,32 @@ class Outcome(StrEnum):
     """It ran, but used more than the limit allows."""
 
 
-class LiveMoment(Record):
-    """One moment of a training step: the bytes live then, as a polynomial of the micro-batch size b.
+class RoundedBytes(Record):
+    """Bytes of one allocation that grows in steps: a polynomial of the micro-batch size, as in ``LiveMoment``, rounded up to a multiple."""
 
-    live bytes(b) = fixed_bytes + per_sample_bytes * b + per_sample_squared_bytes * b**2
+    fixed_bytes: int
+    per_sample_bytes: int
+    per_sample_squared_bytes: int = 0
+    per_sample_cubed_bytes: int = 0
+    multiple_bytes: PositiveInt
+
+
+class LiveMoment(Record):
+    """One moment of a training step: the bytes live then, as a polynomial of the micro-batch size b and a few rounded terms.
+
+    live bytes(b) = fixed_bytes + per_sample_bytes * b + per_sample_squared_bytes * b**2 + per_sample_cubed_bytes * b**3
+    + sum of the rounded terms
     """
 
     fixed_bytes: int
     per_sample_bytes: int
     per_sample_squared_bytes: int = 0
+    per_sample_cubed_bytes: int = 0
+    rounded: tuple[RoundedBytes, ...] = ()
+    smallest_size: PositiveInt = 1
+    """Where a kernel changes with the size, the moment exists from this size on."""
+    largest_size: PositiveInt | None = None
+    """And up to this one; none when it has no end."""
     module: str
     """Qualified name of the module that ran; empty outside any module."""
     operation: str
@@ -52,15 +69,15 @@ class AllocationKind(StrEnum):
 class AllocationTable(Record):
     """Every allocation of the recorded steps in the order of birth: one column an attribute, all of the same length.
 
-    bytes of allocation i at micro-batch size b = fixed_bytes[i] + per_sample_bytes[i] * b + per_sample_squared_bytes[i] * b**2,
-    rounded up to a multiple of ``rounding_bytes[i]``.
+    bytes of allocation i at micro-batch size b = fixed_bytes[i] + per_sample_bytes[i] * b + per_sample_squared_bytes[i] * b**2
+    + per_sample_cubed_bytes[i] * b**3, rounded up to a multiple of ``rounding_bytes[i]``.
     """
 
     fixed_bytes: tuple[int, ...]
     per_sample_bytes: tuple[int, ...]
     per_sample_squared_bytes: tuple[int, ...]
     rounding_bytes: tuple[PositiveInt, ...]
-    """1 but for the few kernels that round their workspace up."""
+    """1 but for the few allocations that grow in steps: workspaces in whole pages, every second sample."""
     death: tuple[int, ...]
     """Number of allocations that had been made when it was freed; -1 when it outlives the steps."""
     kind: tuple[AllocationKind, ...]
@@ -71,6 +88,8 @@ class AllocationTable(Record):
     modules: tuple[str, ...]
     """Qualified names of the modules; the empty name is outside any module."""
     operations: tuple[str, ...]
+    per_sample_cubed_bytes: tuple[int, ...] = ()
+    """Empty when no allocation has such a term, which is nearly always."""
 
 
 class MemoryTrace(Record):
@@ -89,7 +108,9 @@ class MemoryTrace(Record):
     remark: str = ""
     """Why the trace is missing or inconsistent; empty when there is nothing to say."""
     allocations: AllocationTable | None = None
-    """Every allocation, for replaying an allocator and for saying what holds the memory; none in records of version 0.1."""
+    """Every allocation, for replaying an allocator and for saying what holds the memory; none in records of version 0.1.
+
+    Where a kernel changes with the size these are the allocations above the last change."""
     parameter_bytes: NonNegativeInt = 0
     gradient_bytes: NonNegativeInt = 0
     optimizer_state_bytes: NonNegativeInt = 0

@@ -65,7 +65,7 @@ class MemorySearch:
         limit = share_of_limit(limit, self.ranks)
         limit = limit.model_copy(update={"limit_bytes": self._agreed(limit.limit_bytes, "limit")})
         cap = self._agreed(min(self.workload.train_size, self.request.max_batch or self.workload.train_size), "largest size")
-        trace, pace_s = self._trace()
+        trace, pace_s = self._trace(limit.limit_bytes)
         points = self._touch(trace, limit.limit_bytes, cap, pace_s, end_s)
         self._approach(points, trace, limit.limit_bytes, cap, end_s)
         is_settled = self._next(trace, limit.limit_bytes, points, cap) is None
@@ -82,9 +82,11 @@ class MemorySearch:
             largest_allowed_source="dataset" if cap == self.workload.train_size else "--max-batch",
             stopped_by="cap" if largest >= cap else "failure" if has_failed else "limit" if is_settled else "budget",
             allocator=allocator,
-            accumulation_trace=None if self.workload.couples_samples else self._side_trace(partial(memory.trace, accumulation_steps=2)),
-            evaluation_trace=self._side_trace(memory.evaluation_trace),
-            alternatives=self._alternatives(end_s),
+            accumulation_trace=None
+            if self.workload.couples_samples
+            else self._side_trace(partial(memory.trace, accumulation_steps=2, limit_bytes=limit.limit_bytes)),
+            evaluation_trace=self._side_trace(partial(memory.evaluation_trace, limit_bytes=limit.limit_bytes)),
+            alternatives=self._alternatives(end_s, limit.limit_bytes),
             world_size=self.ranks.world_size,
             bucket_bytes=self.bucket_bytes,
         )
@@ -123,15 +125,15 @@ class MemorySearch:
             if points[-1].outcome is not Outcome.RAN:
                 return
 
-    def _trace(self) -> tuple[MemoryTrace, float]:
+    def _trace(self, limit_bytes: int) -> tuple[MemoryTrace, float]:
         """Record the allocations of a step once for all ranks; also return the seconds a sample that this took, which bounds a pace."""
         start_s = self.clock_s()
-        text = self.ranks.share_text(lambda: self._recorded().model_dump_json(), stage="trace")
+        text = self.ranks.share_text(lambda: self._recorded(limit_bytes).model_dump_json(), stage="trace")
         trace = MemoryTrace.model_validate_json(text)
         return trace, (self.clock_s() - start_s) / sum(_TRACE_STEPS * size for size in trace.batch_sizes or (1,))
 
-    def _recorded(self) -> MemoryTrace:
-        traced = self.host.call(memory.trace)
+    def _recorded(self, limit_bytes: int) -> MemoryTrace:
+        traced = self.host.call(partial(memory.trace, limit_bytes=limit_bytes))
         return traced.value if isinstance(traced, Completed) else memory.no_trace(f"Memory ran out while recording ({words(traced)}).")
 
     def _side_trace(self, probe: Callable[[Rig], MemoryTrace]) -> MemoryTrace | None:
@@ -141,10 +143,10 @@ class MemorySearch:
         traced = self.host.call(probe)
         return traced.value if isinstance(traced, Completed) and traced.value.moments else None
 
-    def _alternatives(self, end_s: float) -> tuple[AlternativeTrace, ...]:
+    def _alternatives(self, end_s: float, limit_bytes: int) -> tuple[AlternativeTrace, ...]:
         if not self.request.alternatives or self.ranks.rank != 0 or self.clock_s() >= end_s:
             return ()
-        traced = self.host.call(memory.alternatives)
+        traced = self.host.call(partial(memory.alternatives, limit_bytes=limit_bytes))
         return traced.value if isinstance(traced, Completed) else ()
 
     def _attempt(self, size: int, purpose: Purpose, trace: MemoryTrace, limit_bytes: int) -> MemoryPoint:

@@ -7,11 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from cases import MEMORY_CASES, DataDependent, MoreStepsForMore, images, rig_of, sgd
 from rightbatch.engine.allocation_laws import UnmatchedLogsError, join, moments
 from rightbatch.engine.memory_trace import Allocation, AllocationLog
+from rightbatch.fits.memory import traced_peak_bytes
 from rightbatch.probes import memory
 from rightbatch.records.measurements import AllocationKind
 from rightbatch.workload.ingredients import Workload
@@ -37,43 +39,68 @@ def predicted_peak(found, size):
     return max(m.fixed_bytes + m.per_sample_bytes * size + m.per_sample_squared_bytes * size**2 for m in found)
 
 
-@pytest.fixture
-def native_kernels():
-    """oneDNN rounds the workspace of an LSTM up by size, which is no polynomial; torch's own kernels do not."""
-    torch._C._set_mkldnn_enabled(False)  # noqa: FBT003  # torch.backends.mkldnn.flags also touches TF32, and warns about it
-    yield
-    torch._C._set_mkldnn_enabled(True)  # noqa: FBT003
-
-
-@pytest.mark.usefixtures("native_kernels")
 @pytest.mark.parametrize("case", MEMORY_CASES, ids=lambda case: case.name)
 def test_predicted_peak_is_the_recorded_peak_to_the_byte(case):
     rig = rig_of(case.workload())
     trace = memory.trace(rig)
     assert trace.recorded_on == "device", trace.remark
-    assert trace.consistent
-    for size in (1, 7, 13, 32):
-        assert predicted_peak(trace.moments, size) == replayed_peak(log_of_two_steps(rig, size)), size
-
-
-@pytest.mark.parametrize("case", MEMORY_CASES, ids=lambda case: case.name)
-def test_with_the_machines_own_kernels_a_prediction_is_exact_or_says_that_it_is_a_bound(case):
-    rig = rig_of(case.workload())
-    trace = memory.trace(rig)
-    for size in (7, 32):
-        predicted, recorded = predicted_peak(trace.moments, size), replayed_peak(log_of_two_steps(rig, size))
-        if trace.consistent:
-            assert predicted == recorded
-        else:
-            assert case.name == "LSTM"
-            assert "workspace of aten.mkldnn_rnn_layer in rnn is rounded up to pages" in trace.remark
-            assert recorded <= predicted <= 1.5 * recorded
+    assert trace.consistent, trace.remark
+    for size in (1, 7, 13, 32, 200):
+        assert traced_peak_bytes(trace, size) == replayed_peak(log_of_two_steps(rig, size)), size
 
 
 def test_affine_laws_need_three_recordings_and_quadratic_ones_four():
-    sizes = {case.name: memory.trace(rig_of(case.workload())).batch_sizes for case in MEMORY_CASES if case.name != "LSTM"}
-    assert sizes.pop("contrastive, quadratic") == (2, 3, 5, 7)
-    assert set(sizes.values()) == {(2, 3, 5)}
+    plain, contrastive = (next(case for case in MEMORY_CASES if name in case.name) for name in ("plain", "quadratic"))
+    assert memory.trace(rig_of(plain.workload())).batch_sizes == (1, 2, 113)
+    assert memory.trace(rig_of(contrastive.workload())).batch_sizes == (1, 2, 3, 113)
+
+
+def sparse_embedding() -> nn.Module:
+    return nn.Sequential(nn.Embedding(50, 6, sparse=True), nn.Flatten(), nn.Linear(24, 3))
+
+
+def recurrent(*, bidirectional: bool) -> nn.Module:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.LSTM(6, 11, num_layers=2, bidirectional=bidirectional, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.rnn(x)[0][:, -1]
+
+    return Last()
+
+
+def test_the_indices_and_values_of_sparse_gradients_are_counted():
+    train = [(torch.arange(4) * 7 % (index + 1), index % 3) for index in range(40)]
+    rig = rig_of(Workload(model=sparse_embedding, train=train, loss=cross_entropy, optimizer=sgd))
+    trace = memory.trace(rig)
+    assert trace.consistent, trace.remark
+    log = log_of_two_steps(rig, 50)
+    assert traced_peak_bytes(trace, 50) == replayed_peak(log)
+    values_of_four_words = 50 * 4 * 6 * 4
+    assert values_of_four_words in {row.size_bytes for row in log.allocations if row.kind is AllocationKind.GRADIENT}
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_an_lstm_is_exact_part_by_part(bidirectional):
+    train = [(torch.zeros(9, 6), index % 11) for index in range(40)]
+    rig = rig_of(Workload(model=partial(recurrent, bidirectional=bidirectional), train=train, loss=cross_entropy, optimizer=sgd))
+    trace = memory.trace(rig)
+    assert trace.consistent, trace.remark
+    for size in (1, 6, 77, 400):
+        assert traced_peak_bytes(trace, size) == replayed_peak(log_of_two_steps(rig, size)), size
+
+
+def test_an_lstm_whose_parts_are_unknown_is_never_called_exact(monkeypatch):
+    monkeypatch.setattr("rightbatch.engine.memory_trace.paged_parts", lambda *_: ())
+    train = [(torch.zeros(1, 6), index % 11) for index in range(40)]
+    rig = rig_of(Workload(model=partial(recurrent, bidirectional=True), train=train, loss=cross_entropy, optimizer=sgd))
+    trace = memory.trace(rig)
+    assert not trace.consistent
+    assert "workspace of aten.mkldnn_rnn_layer in rnn is rounded up to pages" in trace.remark
+    for size in (1, 6, 77, 400):
+        assert traced_peak_bytes(trace, size) >= replayed_peak(log_of_two_steps(rig, size)), size
 
 
 def test_every_allocation_has_a_kind_and_the_kinds_add_up():
@@ -204,6 +231,23 @@ def test_undominated_moments_reach_the_largest_sum_of_live_bytes_at_every_size(r
 def test_no_kept_moment_is_dominated_by_another(rows):
     kept = [(m.fixed_bytes, m.per_sample_bytes, m.per_sample_squared_bytes) for m in match([log_from(rows, size) for size in (2, 3, 5, 7)])]
     assert not any(a is not b and all(x >= y for x, y in zip(a, b, strict=True)) for a in kept for b in kept)
+
+
+@settings(deadline=None, derandomize=True)
+@given(random_lifetimes(), st.lists(st.sampled_from((1, 1, 8, 64)), min_size=25, max_size=25))
+def test_allocations_that_are_rounded_up_reach_the_same_peak_when_replayed(rows, multiples):
+    def rounded_log(size):
+        log = log_from(rows, size)
+        for allocation, multiple in zip(log.allocations, multiples, strict=False):
+            if multiple > 1:
+                allocation.rounding_bytes, allocation.unrounded_bytes = multiple, allocation.size_bytes
+                allocation.size_bytes = -(-allocation.size_bytes // multiple) * multiple
+        return log
+
+    found = match([rounded_log(size) for size in (2, 3, 5, 7)])
+    trace = memory.no_trace("").model_copy(update={"moments": found})
+    for size in (1, 2, 4, 9, 31, 1000):
+        assert traced_peak_bytes(trace, size) == replayed_peak(rounded_log(size))
 
 
 def test_a_storage_lives_as_long_as_in_the_log_where_it_lived_longest():

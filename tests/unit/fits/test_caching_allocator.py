@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from rightbatch.fits.allocator_blocks import segment_bytes
 from rightbatch.fits.caching_allocator import Recording, hard_ceiling, replay, smooth_ceiling
+from rightbatch.fits.memory import sizes_bytes
 from rightbatch.records.measurements import AllocationKind, AllocationTable
 from rightbatch.units import KIB, MIB
 
@@ -276,6 +277,8 @@ def test_sizes_follow_the_polynomial_and_the_rounding() -> None:
     made = table((100, 10, KEPT), (0, 3, KEPT)).model_copy(update={"per_sample_squared_bytes": (2, 0), "rounding_bytes": (1, 64)})
 
     assert Recording(made).sizes_bytes(5).tolist() == [100 + 50 + 50, 64]
+    cubic = made.model_copy(update={"per_sample_cubed_bytes": (0, 2)})
+    assert Recording(cubic).sizes_bytes(5).tolist() == sizes_bytes(cubic, 5) == [200, 320]
 
 
 def test_live_bytes_are_the_peak_of_rounded_blocks() -> None:

@@ -101,6 +101,9 @@ def test_scratch_follows_every_convolution_and_is_gone_before_the_next_allocatio
     assert made.per_sample_bytes == (0, 20 * MIB, 40 * MIB, 10 * MIB, 12 * MIB, 24 * MIB)
     assert made.death == (KEPT, 4, 3, 6, KEPT, 6)
     assert made.kind[2] == made.kind[5] == AllocationKind.TEMPORARY
+    assert made.per_sample_cubed_bytes == ()
+    cubic = CNN.model_copy(update={"per_sample_cubed_bytes": (0, 5, 0, 0)})
+    assert with_workspaces(cubic, 2).per_sample_cubed_bytes == (0, 5, 10, 0, 0, 0)
 
 
 def test_no_scratch_leaves_the_step_as_it_was() -> None:

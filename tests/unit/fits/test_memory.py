@@ -5,7 +5,7 @@ from oracles.oracle_memory import attempt, ceiling_by_counting, ceiling_of, peak
 from rightbatch.fits.memory import calibrate, fit_memory, peak_moment, traced_peak_bytes
 from rightbatch.fits.memory_search import MAX_ATTEMPTS, next_attempt, touch_sizes
 from rightbatch.records.estimates import Status
-from rightbatch.records.measurements import MemoryLimit, MemoryMeasurements, Outcome
+from rightbatch.records.measurements import LiveMoment, MemoryLimit, MemoryMeasurements, Outcome, RoundedBytes
 from rightbatch.units import GIB, MIB
 
 TRACE = trace_of((300 * MIB, 2 * MIB, 0), (100 * MIB, 5 * MIB, 0), (0, MIB, 2048))
@@ -239,3 +239,16 @@ def test_budget_that_ended_the_search_is_said():
     points = [attempt(TRACE, lambda b: peak_of(TRACE, b), 4 * GIB, 50)]
 
     assert any("--budget" in remark for remark in fit_memory(_measurements(points=points, stopped_by="budget")).remarks)
+
+
+def test_a_moment_counts_at_its_own_sizes_only_and_rounds_its_steps_up():
+    steps = RoundedBytes(fixed_bytes=0, per_sample_bytes=3, multiple_bytes=10)
+    few = LiveMoment(fixed_bytes=500, per_sample_bytes=0, largest_size=1, module="", operation="a")
+    some = LiveMoment(fixed_bytes=1, per_sample_bytes=2, rounded=(steps, steps), smallest_size=2, largest_size=9, module="", operation="b")
+    many = LiveMoment(fixed_bytes=0, per_sample_bytes=0, per_sample_cubed_bytes=4, smallest_size=10, module="", operation="c")
+    trace = TRACE.model_copy(update={"moments": (few, some, many)})
+
+    peaks = [traced_peak_bytes(trace, size) for size in (0, 1, 2, 4, 9, 10)]
+
+    assert peaks == [500, 500, 5 + 20, 9 + 40, 19 + 60, 4000]
+    assert [peak_moment(trace, size).operation for size in (1, 9, 10)] == ["a", "b", "c"]
