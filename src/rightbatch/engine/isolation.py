@@ -31,6 +31,8 @@ from rightbatch.errors import IsolationError, RightbatchError, UserCodeError
 T = TypeVar("T")
 P = ParamSpec("P")
 
+_CRASHES = frozenset({signal.SIGSEGV, signal.SIGILL, signal.SIGFPE, signal.SIGSYS})
+"""What a fault of compiled code ends with. Aborts and bus errors are not among them: failed allocations end with those, too."""
 _OWN_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100, PTH120  # compared with frames' file names
 
 
@@ -122,25 +124,10 @@ class ChildHost:
         self._start()
 
     def _start(self) -> None:
-        ours, theirs = socket.socketpair()
         try:
-            self._process = subprocess.Popen(  # noqa: S603  # our own interpreter and module
-                [sys.executable, "-c", _CHILD_PROGRAM, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=2,
-                start_new_session=True,
-                env={**os.environ, **self._environment},
-            )
+            self._process, self._connection = _spawned({**os.environ, **self._environment})
         except OSError as error:
-            ours.close()
-            raise IsolationError(
-                f"a child process must be startable to measure safely; got {error}; free some processes or memory, "
-                "or pass --isolation in-process and accept that running out of memory may end this process."
-            ) from error
-        finally:
-            theirs.close()
-        self._connection = Connection(ours.detach())
+            raise _unstarted(str(error)) from error
         self._send(cloudpickle.dumps((sys.path, os.getcwd())) if os.path.isdir(".") else cloudpickle.dumps((sys.path, None)))  # noqa: PTH109, PTH112
         self._send(self._build)
         try:
@@ -176,6 +163,8 @@ class ChildHost:
                 return self._ended()
             if kind == "say":
                 self._say(value)
+            elif kind == "unstarted":
+                raise _unstarted(value)
             elif kind == "error":
                 raise value
             else:
@@ -184,9 +173,14 @@ class ChildHost:
     def _ended(self) -> Killed:
         assert self._process is not None, "only called while a child runs"  # noqa: S101
         code = self._process.wait()
-        if code < 0:
+        if code < 0 and -code not in _CRASHES:
             return Killed(signal.Signals(-code).name)
         self.close()
+        if code < 0:
+            raise UserCodeError(
+                f"compiled code that the workload calls must not crash; it ended the child process with {signal.Signals(-code).name}, "
+                "which is no lack of memory; where it was is shown above."
+            )
         raise IsolationError(f"the child process must answer; it exited with status {code}; its last words are above.")
 
     def close(self) -> None:
@@ -205,11 +199,41 @@ import os, pickle, sys
 from multiprocessing.connection import Connection
 connection = Connection(int(sys.argv.pop(1)))
 sys.path[:], folder = pickle.loads(connection.recv_bytes())
-if folder is not None:
-    os.chdir(folder)
-from rightbatch.engine.isolation import serve
+try:
+    if folder is not None:
+        os.chdir(folder)
+    from rightbatch.engine.isolation import serve
+except BaseException as error:
+    connection.send_bytes(pickle.dumps(("unstarted", f"{type(error).__name__}: {error}")))
+    raise
 serve(connection)
 """
+
+
+def _spawned(environment: Mapping[str, str]) -> tuple["subprocess.Popen[bytes]", Connection]:
+    """Start a child that shows where it crashes; return it and the connection to it."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        try:
+            process = subprocess.Popen(  # noqa: S603  # our own interpreter and module
+                [sys.executable, "-X", "faulthandler", "-c", _CHILD_PROGRAM, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=2,
+                start_new_session=True,
+                env=environment,
+            )
+        except BaseException:
+            ours.close()
+            raise
+    return process, Connection(ours.detach())
+
+
+def _unstarted(reason: str) -> IsolationError:
+    return IsolationError(
+        f"a child process must be startable to measure safely; got {reason}; free some processes or memory, "
+        "or pass --isolation in-process and accept that running out of memory may end this process."
+    )
 
 
 def serve(connection: Connection) -> None:
