@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from gpu_checks_context import CheckResult, Context, Ratio, context_for, paired_ratio
-from rightbatch.engine.isolation import preserved_process_state
 from rightbatch.engine.meters import EnergyMeter
+from rightbatch.engine.process_state import preserved_process_state
 from rightbatch.engine.rig import Rig
 from rightbatch.engine.step import train_step
 from rightbatch.fits.step_time import INCONSISTENT_FIT, candidate_sizes, fit_step_time

@@ -52,6 +52,13 @@ def test_run_is_shown_judged_again_and_reported_without_torch(here: Callable[...
     assert (project / "page.html").read_text().startswith("<!doctype html>")
 
 
+def test_ceilings_on_absent_gpus_need_torch_in_the_child_only(project: Path) -> None:
+    ended = blocked("memory", "train.py:workload", "--gpu", "t4,10GiB", "--json", "--quiet")
+
+    assert ended.returncode == 0, ended.stderr
+    assert [ceiling["gpu"] for ceiling in json.loads(ended.stdout)["forecast"]["ceilings"]] == ["t4", "10GiB"]
+
+
 def test_measuring_without_torch_fails_so_the_block_works(project: Path) -> None:
     ended = blocked("memory", "train.py:workload", *QUICK)
 
