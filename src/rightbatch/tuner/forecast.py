@@ -46,12 +46,13 @@ def forecast_memory(
     def say(detail: str) -> None:
         progress.update("memory forecast", min(1.0, (clock_s() - start_s) / request.budget_s), detail)
 
-    trace = _record(source, request, say, build_rig)
+    trace, train_size = _record(source, request, say, build_rig)
     say(f"replaying the allocator of {len(gpus)} GPU{'s' if len(gpus) > 1 else ''}")
-    return forecast(trace, gpus, largest=request.max_batch or LARGEST_SIZE)
+    return forecast(trace, gpus, largest=request.max_batch or LARGEST_SIZE, train_size=train_size)
 
 
-def _record(source: Source, request: Request, say: Callable[[str], None], build_rig: "Callable[[], Rig] | None") -> MemoryTrace:
+def _record(source: Source, request: Request, say: Callable[[str], None], build_rig: "Callable[[], Rig] | None") -> tuple[MemoryTrace, int]:
+    """Return the trace and how many samples the training set holds."""
     build = build_rig or partial(_loaded, source, request)
     say("loading the workload")
     host = ChildHost(build, say) if request.isolation == "child" else _in_process(build, say)
@@ -82,7 +83,7 @@ def _loaded(source: Source, request: Request) -> "Rig":
     return build_rig(source.load, device="cpu", precision=request.precision, threads=request.threads, seed=request.seed)
 
 
-def _recorded(rig: "Rig") -> MemoryTrace:
+def _recorded(rig: "Rig") -> tuple[MemoryTrace, int]:
     from rightbatch.probes.absent_device import record
 
-    return record(rig)
+    return record(rig), rig.train_size
