@@ -15,6 +15,8 @@ from rightbatch.engine.step import Trainee, backward_mean, clear_gradients, trai
 _NORM_ERROR = 1e-6
 _HALF_ERROR = 0.05
 _HALF_STEPS = 5
+_MOST_HALVINGS = 20
+"""The scale begins at 2**16; a gradient that overflows without any scale is infinite."""
 
 
 def noise(context: Context) -> CheckResult:
@@ -46,12 +48,19 @@ def _gradients(context: Context, precision: str, device: torch.device) -> Gradie
 
 
 def _gradient(rig: Rig, trainee: Trainee, samples: Sequence[int]) -> torch.Tensor:
-    """Return the mean gradient of some samples, a scaler's scale divided out."""
-    clear_gradients(trainee)
-    backward_mean(trainee, [rig.real_batch(samples)])
-    gradient = flat_gradient(trainee.parameters)
-    clear_gradients(trainee)
-    return gradient if trainee.scaler is None else gradient / trainee.scaler.get_scale()
+    """Return the mean gradient of some samples, a scaler's scale divided out; the scale is halved while it overflows, as steps would do."""
+    for _ in range(_MOST_HALVINGS):
+        clear_gradients(trainee)
+        backward_mean(trainee, [rig.real_batch(samples)])
+        gradient = flat_gradient(trainee.parameters)
+        clear_gradients(trainee)
+        if trainee.scaler is None:
+            return gradient
+        scale = trainee.scaler.get_scale()
+        if torch.isfinite(gradient).all():
+            return gradient / scale
+        trainee.scaler.update(scale / 2)
+    return gradient / scale
 
 
 def _flat(blocks: GradientBlocks) -> list[float]:

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from gpu_checks_context import CheckResult, Context, Ratio, context_for, paired_ratio
-from rightbatch.engine.isolation import preserved_process_state
 from rightbatch.engine.meters import EnergyMeter
+from rightbatch.engine.process_state import preserved_process_state
 from rightbatch.engine.rig import Rig
 from rightbatch.engine.step import train_step
 from rightbatch.fits.step_time import INCONSISTENT_FIT, candidate_sizes, fit_step_time
@@ -174,15 +174,14 @@ def capped_output(command: Sequence[str], cap_s: float) -> str | None:
     Raises:
         RuntimeError: It failed.
     """
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    try:
-        output, complaint = process.communicate(timeout=cap_s)
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            output, complaint = process.communicate(timeout=cap_s)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     if process.returncode != 0:
         raise RuntimeError((complaint.strip().splitlines() or [f"ended with {process.returncode}"])[-1])
     return output

@@ -2,10 +2,11 @@
 
 Run: python benchmarks/gpu_suite.py --out benchmarks/records/YYYY-MM-DD_device_gpu-suite [--data CIFAR10] [--only NAMES] [--json]
 Without a GPU: python benchmarks/gpu_suite.py --device cpu rehearses, at tiny sizes, what makes sense there; its figures say nothing
-about a GPU.
+about a GPU, and a check whose two sides are the same thing on a CPU is run but not judged.
 
-Every check has a share of the budget and is told when to be done; one that raises has failed, and the others still run. Exit code 0: every
-check that promises something holds; 1: one does not, raised, or was not reached in time; 2: there is no such device.
+Every check has a share of the budget and is told when to be done; one that raises has failed, and the others still run. The record is
+written anew after each. Exit code 0: every check that promises something holds; 1: one does not, raised, or was not reached in time; 2:
+there is no such device.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -30,12 +32,14 @@ from gpu_checks_context import CheckResult, Context, context_for
 from rightbatch import __version__
 from rightbatch.engine.provenance import cpu_name
 from rightbatch.engine.rig import resolve_device
-from rightbatch.errors import UsageError
+from rightbatch.errors import RightbatchError
+from rightbatch.records.document import write_whole
 
 HERE = Path(__file__).resolve().parent
 BUDGET_S = 450.0
 NEEDS_CUDA = "needs cuda"
 NOT_RUN = "not run"
+NOT_CHECKED = "not checked on a CPU"
 HOLDS, FAILED, UNUSABLE = 0, 1, 2
 _LEAST_SHARE = 0.25
 """A check is not begun with less than this part of its share left: it would say too little."""
@@ -48,34 +52,38 @@ class Check:
     Attributes:
         name: As ``--only`` takes it, and as its result is called.
         run: The check.
-        share: Part of the budget; what others leave is not added, so that the last ones get theirs.
-        needs_cuda: Whether a CPU cannot even rehearse it.
+        share: Part of the budget. What the others leave goes to the last check, which takes as long as a compiler does.
+        on_cpu: What a rehearsal does with it: judge it as on a GPU; run it only, because a CPU would be compared with itself; or skip it.
+        same_on_cpu: What is compared with itself there, where it is only run.
     """
 
     name: str
     run: Callable[[Context], CheckResult]
     share: float
-    needs_cuda: bool = False
+    on_cpu: Literal["judged", "run", "skipped"] = "judged"
+    same_on_cpu: str = ""
 
+
+_ALLOCATOR = "the allocator that is counted there is the replay itself"
 
 CHECKS = (
     Check(name="trace", run=memory.trace_against_counters, share=0.16),
     Check(name="calibration", run=memory.calibration, share=0.01),
-    Check(name="allocator replay", run=memory.replayed_allocator, share=0.02),
-    Check(name="allocator retries", run=memory.allocator_retries, share=0.03),
-    Check(name="context", run=memory.context_bytes, share=0.01, needs_cuda=True),
+    Check(name="allocator replay", run=memory.replayed_allocator, share=0.02, on_cpu="run", same_on_cpu=_ALLOCATOR),
+    Check(name="allocator retries", run=memory.allocator_retries, share=0.03, on_cpu="run", same_on_cpu=_ALLOCATOR),
+    Check(name="context", run=memory.context_bytes, share=0.01, on_cpu="skipped"),
     Check(name="out of memory", run=memory.out_of_memory, share=0.06),
-    Check(name="gradient noise", run=gradients.noise, share=0.04),
+    Check(name="gradient noise", run=gradients.noise, share=0.04, on_cpu="run", same_on_cpu="both gradients are the CPU's"),
     Check(name="half precision", run=gradients.half_precision, share=0.02),
-    Check(name="clock", run=speed.clock, share=0.02, needs_cuda=True),
-    Check(name="energy", run=speed.energy, share=0.02, needs_cuda=True),
-    Check(name="contention", run=tuner.contention, share=0.05, needs_cuda=True),
+    Check(name="clock", run=speed.clock, share=0.02, on_cpu="skipped"),
+    Check(name="energy", run=speed.energy, share=0.02, on_cpu="skipped"),
+    Check(name="contention", run=tuner.contention, share=0.05, on_cpu="skipped"),
     Check(name="step time", run=speed.step_time_curve, share=0.06),
     Check(name="powers of two", run=speed.powers_of_two, share=0.07),
     Check(name="channels last", run=speed.channels_last, share=0.03),
     Check(name="proven ceiling", run=tuner.proven_ceiling, share=0.18),
     Check(name="find", run=tuner.whole_run, share=0.16),
-    Check(name="compile", run=speed.compiled, share=0.06, needs_cuda=True),
+    Check(name="compile", run=speed.compiled, share=0.06, on_cpu="skipped"),
 )
 """In the order in which they run: what much rests on, and is quick, first."""
 
@@ -91,17 +99,18 @@ def run_checks(
         budget_s: Seconds by the context's clock.
         say: Receives every result as it comes.
     """
-    start_s = context.clock_s()
+    end_s = context.clock_s() + budget_s
     results = []
     for check in checks:
         begun_s = context.clock_s()
-        left_s = start_s + budget_s - begun_s
-        if check.needs_cuda and context.device.type != "cuda":
+        share_s = check.share * budget_s
+        left_s = end_s - begun_s
+        if check.on_cpu == "skipped" and context.device.type != "cuda":
             result = _skipped(check, NEEDS_CUDA)
-        elif left_s < _LEAST_SHARE * check.share * budget_s:
+        elif left_s < _LEAST_SHARE * share_s:
             result = _skipped(check, f"{NOT_RUN}: {max(0.0, left_s):.0f} s of the budget of {budget_s:.0f} s were left")
         else:
-            result = _result(check, context.until(begun_s + min(left_s, check.share * budget_s)))
+            result = _result(check, context.until(end_s if check is checks[-1] else begun_s + min(left_s, share_s)))
         result = replace(result, name=check.name, seconds=round(context.clock_s() - begun_s, 2))
         say(result)
         results.append(result)
@@ -110,7 +119,10 @@ def run_checks(
 
 def _result(check: Check, context: Context) -> CheckResult:
     try:
-        return check.run(context)
+        result = check.run(context)
+        if check.on_cpu == "judged" or context.device.type == "cuda":
+            return result
+        return replace(result, holds=None, goal=NOT_CHECKED, detail=f"{NOT_CHECKED}, since {check.same_on_cpu}: {result.detail}")
     except Exception as error:  # noqa: BLE001  # whatever one check meets, the others are to run
         first_line = (str(error).strip().splitlines() or ["without a message"])[0]
         return replace(_skipped(check, f"{type(error).__name__}: {first_line}"), holds=False)
@@ -132,7 +144,7 @@ def document(results: Sequence[CheckResult], context: Context, words: Sequence[s
         "results": [asdict(result) for result in results],
         "environment": environment(context, words, sum(result.value is not None for result in results)),
     }
-    return json.loads(_public(json.dumps(found), context.data))
+    return json.loads(_public(json.dumps(found), context.data), parse_constant=str)  # JSON knows no NaN
 
 
 def environment(context: Context, words: Sequence[str], n: int) -> dict[str, object]:
@@ -190,17 +202,22 @@ def write_record(folder: Path, record: dict[str, object]) -> Path:
     """Write the record whole or not at all; return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "record.json"
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    write_whole(path, json.dumps(record, indent=2) + "\n")
     return path
 
 
 def line(result: CheckResult) -> str:
     """Return one result as a line of text."""
     mark = {True: "ok  ", False: "FAIL", None: "-   "}[result.holds]
-    value = "" if result.value is None else f"{result.value} {result.unit} (goal {result.goal}) · "
+    goal = "" if result.goal == NOT_CHECKED else f" (goal {result.goal})"
+    value = "" if result.value is None else f"{result.value} {result.unit}{goal} · "
     return f"{mark} {result.name} [{result.seconds:.1f} s]: {value}{result.detail}"
+
+
+def _gaps(results: Sequence[CheckResult]) -> str:
+    """Say how many checks were not judged, and why."""
+    counts = {words: sum(result.detail.startswith(words) for result in results) for words in (NOT_CHECKED, NEEDS_CUDA, NOT_RUN)}
+    return "".join(f"; {count} {words}" for words, count in counts.items() if count)
 
 
 def chosen(names: str | None) -> tuple[Check, ...]:
@@ -237,22 +254,35 @@ def main(
 ) -> int:
     """Run what the words of a command ask for; return the exit code."""
     options = _options(words)
+    words = sys.argv[1:] if words is None else words
+    results: list[CheckResult] = []
+
+    def keep() -> None:
+        """Write what there is: an interrupted run leaves a record that says which checks it has not come to."""
+        if options.out is not None:
+            waiting = [_skipped(check, f"{NOT_RUN} yet") for check in checks[len(results) :]]
+            write_record(options.out, document([*results, *waiting], context, words))
+
+    def take(result: CheckResult) -> None:
+        results.append(result)
+        print(line(result), file=sys.stderr, flush=True)
+        keep()
+
+    start_s = time.monotonic()
     try:
         checks = chosen(options.only)
         context = context_of(resolve(options.device), data=options.data)
-    except (ValueError, UsageError) as error:
+        keep()
+    except (ValueError, OSError, RightbatchError) as error:
         print(f"gpu_suite: {error}", file=sys.stderr)
         return UNUSABLE
-    start_s = time.monotonic()
-    results = run_checks(checks, context, options.budget, lambda result: print(line(result), file=sys.stderr, flush=True))
-    record = document(results, context, sys.argv[1:] if words is None else words)
-    if options.out is not None:
-        write_record(options.out, record)
+    run_checks(checks, context, options.budget, take)
+    record = document(results, context, words)
     if options.json:
         print(json.dumps(record, indent=2))
     else:
         judged = [result for result in results if result.holds is not None]
-        print(f"{sum(result.holds for result in judged)} of {len(judged)} checks hold, {time.monotonic() - start_s:.0f} s")
+        print(f"{sum(result.holds for result in judged)} of {len(judged)} checks hold, {time.monotonic() - start_s:.0f} s{_gaps(results)}")
     return exit_code(results)
 
 

@@ -98,14 +98,15 @@ class PlantedData:
 
     def __init__(self, device: FakeDevice, samples: Tensor) -> None:
         self.device = device
-        self.samples = samples
+        self._inputs = samples.unbind()  # once: the probes read a sample some hundred times
+        self._targets = samples[:, 0].unbind()
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self._inputs)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         self.device.now += self.device.load_time_s
-        return self.samples[index], self.samples[index, 0]
+        return self._inputs[index], self._targets[index]
 
 
 def planted_samples(noise_scale: float, size: int, seed: int) -> Tensor:

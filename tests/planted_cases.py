@@ -30,7 +30,7 @@ class PlantedCase:
     noise_scale: float = 300.0
     half_saturation: float = 40.0
     saturated_samples_per_s: float = 20_000.0
-    loader_samples_per_s: float = 1e5
+    loader_samples_per_s: float = 4e4
     jitter: float = 0.0
     out_of_memory_at_one: bool = False
 
@@ -47,7 +47,7 @@ CASES = (
     PlantedCase("loader-bound", 34, loader_samples_per_s=1500.0, noise_scale=1000.0),
     PlantedCase("noise swamps the signal", 35, noise_scale=3e6, train_size=2000),
     PlantedCase("out of memory at one sample", 36, out_of_memory_at_one=True),
-    PlantedCase("one sample fits, two do not", 37, ceiling=1, train_size=2000, noise_scale=20.0),
+    PlantedCase("one sample fits, two do not", 37, ceiling=1, train_size=600, noise_scale=20.0),
     PlantedCase("small dataset", 38, train_size=300, noise_scale=20.0),
 )
 

@@ -122,6 +122,24 @@ def test_cifar10_refuses_a_pickle_that_calls_anything_else(cifar10, tmp_path):
     assert not marker.exists()
 
 
+def test_cifar10_without_a_file_says_that_its_images_are_random(cifar10):
+    with pytest.warns(UserWarning, match="random images.* noise and learning rate mean nothing"):
+        workload = cifar10.workload()
+
+    assert workload.name == "random data"
+    assert (len(workload.train), len(workload.valid)) == (50_000, 10_000)
+    image, label = workload.train[49_999]
+    assert image.shape == (3, 32, 32)
+    assert -1 <= float(image.min()) < -0.9 < 0.9 < float(image.max()) <= 1
+    assert {workload.train[index][1] for index in range(200)} == set(range(10))
+    assert isinstance(label, int)
+
+
+def test_cifar10_refuses_a_path_that_is_not_there(cifar10):
+    with pytest.raises(FileNotFoundError, match=r"--data must name one of the forms of CIFAR-10 .*; got 'missing'"):
+        cifar10.workload(data="missing")
+
+
 def test_cifar10_decodes_jpegs_of_an_npz(cifar10, tmp_path):
     image_module = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
     colours = np.array([[200, 30, 60], [10, 120, 240], [90, 90, 90]], dtype=np.uint8)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -60,19 +61,61 @@ class Ended:
         return [line for line in self.err.splitlines() if line.startswith("rightbatch: ")]
 
 
+QUICK = ("--isolation", "in-process", "--budget", "2s", "--quiet", "--out", "run")
+
+
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A working folder that holds ``train.py``; what it puts into this process is taken out again."""
-    (tmp_path / "train.py").write_text(TRAIN)
-    monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith("RIGHTBATCH_")]:
         monkeypatch.delenv(name)
+    (tmp_path / "train.py").write_text(TRAIN)
+    monkeypatch.chdir(tmp_path)
+    with _imports_forgotten(tmp_path):
+        yield tmp_path
+
+
+@contextlib.contextmanager
+def _imports_forgotten(folder: Path) -> Iterator[None]:
     path = list(sys.path)
-    yield tmp_path
+    yield
     sys.path[:] = path
     for name, module in list(sys.modules.items()):
-        if str(getattr(module, "__file__", None) or "").startswith(str(tmp_path)):
+        if str(getattr(module, "__file__", None) or "").startswith(str(folder)):
             del sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def measured_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+    """Measure the project with a command, once for all tests; return where it lies, which its records remember, and a copy of it."""
+    known: dict[str, tuple[Path, Path]] = {}
+
+    def measured(command: str) -> tuple[Path, Path]:
+        if command not in known:
+            folder, copy = tmp_path_factory.mktemp(command), tmp_path_factory.mktemp("copies") / command
+            (folder / "train.py").write_text(TRAIN)
+            with contextlib.chdir(folder), _imports_forgotten(folder):
+                assert main((command, "train.py:workload", *QUICK)) in {0, 5}
+            known[command] = folder, shutil.copytree(folder, copy)
+        return known[command]
+
+    return measured
+
+
+@pytest.fixture
+def measured(project: Path, measured_once, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Path]]:
+    """Go to a project as a command left it, in its folder ``run``: what one test does there, no other sees."""
+    with contextlib.ExitStack() as stack:
+
+        def go(command: str) -> Path:
+            folder, copy = measured_once(command)
+            shutil.rmtree(folder)
+            shutil.copytree(copy, folder)
+            monkeypatch.chdir(folder)
+            stack.enter_context(_imports_forgotten(folder))
+            return folder
+
+        yield go
 
 
 @pytest.fixture

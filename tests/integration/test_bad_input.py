@@ -21,6 +21,7 @@ HONEST = {0, 5}
 """A busy machine makes an answer ``unstable``, which is exit code 5: both are right."""
 
 Run = Callable[..., Ended]
+Measured = Callable[[str], Path]
 
 
 def add(project: Path, code: str) -> None:
@@ -247,10 +248,9 @@ CORRUPT = {
 
 
 @pytest.mark.parametrize("name", CORRUPT)
-def test_corrupt_run_folder_is_refused_by_its_file(here: Run, project: Path, name: str) -> None:
+def test_corrupt_run_folder_is_refused_by_its_file(here: Run, measured: Measured, name: str) -> None:
     file, corrupt, message = CORRUPT[name]
-    here("memory", "train.py:workload", *QUICK, "--out", "run")
-    path = project / "run" / file
+    path = measured("memory") / "run" / file
     path.write_text(corrupt(path.read_text()))
     before = path.read_text()
 
@@ -261,10 +261,9 @@ def test_corrupt_run_folder_is_refused_by_its_file(here: Run, project: Path, nam
 
 
 @pytest.mark.parametrize("name", ["truncated", "not a number", "truncated manifest"])
-def test_corrupt_run_folder_can_be_measured_afresh(here: Run, project: Path, name: str) -> None:
+def test_corrupt_run_folder_can_be_measured_afresh(here: Run, measured: Measured, name: str) -> None:
     file, corrupt, _ = CORRUPT[name]
-    here("memory", "train.py:workload", *QUICK, "--out", "run")
-    path = project / "run" / file
+    path = measured("memory") / "run" / file
     path.write_text(corrupt(path.read_text()))
 
     assert here("memory", "train.py:workload", *QUICK, "--fresh", "--out", "run").code == 0
@@ -276,7 +275,7 @@ def test_corrupt_run_folder_can_be_measured_afresh(here: Run, project: Path, nam
 
 @pytest.mark.slow
 def test_interrupted_run_is_kept_and_its_own_words_continue_it(start, project: Path) -> None:
-    process = start("find", "train.py:workload", "--budget", "20s", "--out", "a run")
+    process = start("find", "train.py:workload", "--budget", "10s", "--out", "a run")
     read_until(process, "step time: ")
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate()
@@ -320,8 +319,8 @@ def test_run_is_alone_in_its_folder_and_survives_being_killed(start, here: Run, 
     assert here("find", "train.py:workload", *QUICK, "--out", "run").code in HONEST
 
 
-def test_reader_that_goes_away_is_no_error(here: Run, project: Path) -> None:
-    here("memory", "train.py:workload", *QUICK, "--out", "run")
+def test_reader_that_goes_away_is_no_error(measured: Measured) -> None:
+    measured("memory")
 
     with subprocess.Popen([sys.executable, "-m", "rightbatch", "show", "run"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()

@@ -5,6 +5,7 @@ import hashlib
 import os
 import pickle
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from torch.utils.data import DataLoader
 
 from cases import Residual, images, rig_of, sgd
 from rightbatch.engine.isolation import ChildHost, Completed, InProcessHost, Killed, OutOfMemory
+from rightbatch.engine.out_of_memory import is_out_of_memory
 from rightbatch.engine.rig import Rig
 from rightbatch.errors import IsolationError, UserCodeError, WorkloadError
 from rightbatch.probes import gradient_noise, loader, memory, step_time
@@ -231,6 +233,40 @@ def test_a_killed_child_is_an_outcome_and_the_host_works_again(child, users):
     assert users.digest() == before
 
 
+def test_a_crash_of_compiled_code_is_no_lack_of_memory_and_shows_where_it_was(capfd):
+    with pytest.raises(UserCodeError, match="must not crash; it ended the child process with SIGSEGV, which is no lack of memory"):
+        ChildHost(lambda: os.kill(os.getpid(), signal.SIGSEGV), said)
+    assert "Fatal Python error: Segmentation fault" in capfd.readouterr().err
+
+
+def test_an_abort_may_be_a_failed_allocation_and_counts_as_killed(child):
+    assert child.call(lambda rig: os.abort()) == Killed("SIGABRT")
+
+
+def fail_within_an_address_space(rig):
+    """Enlarge convolutions until they no longer fit in little more address space than there is now; return what was raised."""
+    net = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.Flatten())
+    net(torch.randn(2, 3, 32, 32)).sum().backward()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 100 * 2**20, before[1]))
+    errors = []
+    try:
+        for size in range(40, 400, 20):
+            try:
+                net(torch.randn(size, 3, 32, 32)).sum().backward()
+            except RuntimeError as error:
+                errors.append(str(error))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    return errors
+
+
+def test_whatever_a_cnn_says_within_an_address_space_that_is_too_small_means_out_of_memory(child):
+    errors = child.call(fail_within_an_address_space).value
+    assert errors
+    assert [message for message in errors if not is_out_of_memory(RuntimeError(message))] == []
+
+
 def raise_memory_error(rig):
     raise MemoryError
 
@@ -317,6 +353,32 @@ def test_a_child_that_cannot_be_started_is_a_loud_error(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(IsolationError, match=r"must be startable .*; free some processes or memory"):
         ChildHost(lambda: None, said)
+
+
+def test_a_child_without_a_free_descriptor_is_a_loud_error():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.open(os.devnull, os.O_RDONLY)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+    try:
+        with pytest.raises(IsolationError, match=r"must be startable .*; got .*Too many open files"):
+            ChildHost(lambda: None, said)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_child_that_cannot_import_what_it_needs_says_so(tmp_path, monkeypatch):
+    package = tmp_path / "rightbatch"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('half an installation')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(IsolationError, match=r"must be startable .*; got ImportError: half an installation; free some"):
+        ChildHost(lambda: None, said)
+
+
+def test_a_child_that_is_killed_while_it_loads_is_an_error_with_the_signal():
+    with pytest.raises(IsolationError, match=r"must load the workload before it measures; it ended with SIGKILL; is memory short\?"):
+        ChildHost(lambda: kill_itself(None), said)
 
 
 def test_loading_errors_of_the_users_code_are_raised_and_leave_no_child():

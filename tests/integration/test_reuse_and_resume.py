@@ -14,17 +14,17 @@ import pytest
 
 import rightbatch.recommend
 from fakes import FakeDevice, GivenSource, planted_rig, planted_samples, planted_workload
-from integration.conftest import Ended
+from integration.conftest import QUICK, Ended
 from rightbatch.errors import InterruptedRunError
 from rightbatch.records.plan import Constraints, Findings, Goal, Objective
 from rightbatch.records.run import RunFolder
 from rightbatch.tuner.find import find
 from rightbatch.tuner.request import Part, Request, SilentProgress
 
-QUICK = ("--isolation", "in-process", "--budget", "2s", "--quiet", "--out", "run")
 EVERYTHING = ("memory", "step_time", "loader", "gradient_noise")
 
 Run = Callable[..., Ended]
+Measured = Callable[[str], Path]
 
 WITHOUT_A_DEVICE = """
 import sys
@@ -42,8 +42,8 @@ def elsewhere(*words: str) -> tuple[dict, bool]:
     return json.loads(result.stdout), result.stderr.splitlines()[-1] == "True"
 
 
-def test_second_find_answers_from_the_folder_without_torch(here: Run, project: Path) -> None:
-    first = json.loads(here("find", "train.py:workload", *QUICK, "--json").out)
+def test_second_find_answers_from_the_folder_without_torch(measured: Measured) -> None:
+    first = json.loads((measured("find") / "run" / "findings.json").read_text())
 
     second, imported_torch = elsewhere("find", "train.py:workload", *QUICK)
 
@@ -64,8 +64,8 @@ def test_a_check_by_training_is_kept_and_asked_for_once(here: Run, project: Path
     assert unchecked["branches"] == first["branches"]
 
 
-def test_that_check_can_fail(here: Run, project: Path) -> None:
-    here("memory", "train.py:workload", *QUICK)
+def test_that_check_can_fail(measured: Measured) -> None:
+    measured("memory")
 
     _, imported_torch = elsewhere("memory", "train.py:workload", *QUICK, "--seed", "1")
 
@@ -103,8 +103,8 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_change_of_what_was_measured_measures_again(here: Run, project: Path, change: str) -> None:
-    here("memory", "train.py:workload", *QUICK)
+def test_change_of_what_was_measured_measures_again(here: Run, measured: Measured, change: str) -> None:
+    measured("memory")
     again = json.loads(here("memory", "train.py:workload", *QUICK, "--json").out)
 
     changed = json.loads(here("memory", "train.py:workload", *QUICK, "--json", *CHANGES[change]).out)
@@ -139,21 +139,22 @@ def test_file_of_the_same_name_in_another_folder_is_another_workload(here: Run, 
     assert second["workload"]["parameter_count"] > first["workload"]["parameter_count"]
 
 
-def test_memory_that_was_measured_first_serves_find(here: Run, project: Path) -> None:
-    here("memory", "train.py:workload", *QUICK)
-    kept = (project / "run" / "memory.json").read_bytes()
+def test_memory_that_was_measured_first_serves_find(here: Run, measured: Measured) -> None:
+    folder = measured("memory") / "run"
+    kept = (folder / "memory.json").read_bytes()
 
     found = json.loads(here("find", "train.py:workload", *QUICK, "--json").out)
 
     assert found["reused_parts"] == ["memory"]
     assert found["noise_scale"] is not None
-    assert (project / "run" / "memory.json").read_bytes() == kept
+    assert (folder / "memory.json").read_bytes() == kept
 
 
 @pytest.mark.parametrize("words", [("--goal", "samples"), ("--max-global-batch", "8"), ("--world-size", "4")])
-def test_another_question_is_judged_without_measuring_or_torch(here: Run, project: Path, words: tuple[str, ...]) -> None:
-    first = json.loads(here("find", "train.py:workload", *QUICK, "--json").out)
-    parts = {name: (project / "run" / f"{name}.json").read_bytes() for name in EVERYTHING}
+def test_another_question_is_judged_without_measuring_or_torch(measured: Measured, words: tuple[str, ...]) -> None:
+    folder = measured("find") / "run"
+    first = json.loads((folder / "findings.json").read_text())
+    parts = {name: (folder / f"{name}.json").read_bytes() for name in EVERYTHING}
 
     second, imported_torch = elsewhere("find", "train.py:workload", *QUICK, *words)
 
@@ -161,11 +162,11 @@ def test_another_question_is_judged_without_measuring_or_torch(here: Run, projec
     assert second["reused_parts"] == list(EVERYTHING)
     assert second["step_time"] == first["step_time"]
     assert (second["recommendation"]["objective"], second["constraints"]) != (first["recommendation"]["objective"], first["constraints"])
-    assert {name: (project / "run" / f"{name}.json").read_bytes() for name in EVERYTHING} == parts
+    assert {name: (folder / f"{name}.json").read_bytes() for name in EVERYTHING} == parts
 
 
-def test_show_judges_by_the_question_that_was_asked_last(here: Run, project: Path) -> None:
-    here("find", "train.py:workload", *QUICK)
+def test_show_judges_by_the_question_that_was_asked_last(here: Run, measured: Measured) -> None:
+    measured("find")
     asked = json.loads(here("find", "train.py:workload", *QUICK, "--goal", "samples", "--max-global-batch", "8", "--json").out)
 
     shown = json.loads(here("show", "run", "--json").out)
@@ -174,9 +175,8 @@ def test_show_judges_by_the_question_that_was_asked_last(here: Run, project: Pat
     assert shown["recommendation"]["objective"]["goal"] == "samples"
 
 
-def test_stale_parts_never_mix_into_what_is_shown(here: Run, project: Path) -> None:
-    here("find", "train.py:workload", *QUICK)
-    with (project / "train.py").open("a") as file:
+def test_stale_parts_never_mix_into_what_is_shown(here: Run, measured: Measured) -> None:
+    with (measured("find") / "train.py").open("a") as file:
         file.write("\n# changed\n")
 
     here("memory", "train.py:workload", *QUICK)

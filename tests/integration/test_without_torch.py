@@ -14,10 +14,8 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 import rightbatch as rb
-from integration.conftest import Ended
+from integration.conftest import QUICK
 from rightbatch.errors import InconclusiveError, NothingFitsError
-
-QUICK = ("--isolation", "in-process", "--budget", "2s", "--quiet", "--out", "run")
 
 BLOCKED = """
 import sys
@@ -37,8 +35,9 @@ def blocked(*words: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([sys.executable, "-W", "error", "-c", BLOCKED, *words], capture_output=True, text=True, check=False)
 
 
-def test_run_is_shown_judged_again_and_reported_without_torch(here: Callable[..., Ended], project: Path) -> None:
-    findings = json.loads(here("find", "train.py:workload", *QUICK, "--json").out)
+def test_run_is_shown_judged_again_and_reported_without_torch(measured: Callable[[str], Path]) -> None:
+    folder = measured("find")
+    findings = json.loads((folder / "run" / "findings.json").read_text())
 
     shown = blocked("show", "run", "--json")
     judged_again = blocked("show", "run", "--goal", "samples")
@@ -49,7 +48,14 @@ def test_run_is_shown_judged_again_and_reported_without_torch(here: Callable[...
     assert (judged_again.returncode, judged_again.stderr) == (0, "")
     assert "The goal is the samples" in judged_again.stdout or "samples to a target" in judged_again.stdout
     assert (reported.returncode, reported.stdout.strip()) == (0, "page.html")
-    assert (project / "page.html").read_text().startswith("<!doctype html>")
+    assert (folder / "page.html").read_text().startswith("<!doctype html>")
+
+
+def test_ceilings_on_absent_gpus_need_torch_in_the_child_only(project: Path) -> None:
+    ended = blocked("memory", "train.py:workload", "--gpu", "t4,10GiB", "--json", "--quiet")
+
+    assert ended.returncode == 0, ended.stderr
+    assert [ceiling["gpu"] for ceiling in json.loads(ended.stdout)["forecast"]["ceilings"]] == ["t4", "10GiB"]
 
 
 def test_measuring_without_torch_fails_so_the_block_works(project: Path) -> None:
@@ -100,7 +106,7 @@ def test_find_warns_when_the_plan_is_not_sure() -> None:
 
 def test_find_raises_where_there_is_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises((NothingFitsError, InconclusiveError), match="nothing fits: one sample needs"):
-        rb.find(tiny(model=lambda: nn.Sequential(nn.Linear(4, 3_000_000), nn.Linear(3_000_000, 2))), limit="1KiB", budget="1s")
+        rb.find(tiny(model=lambda: nn.Sequential(nn.Linear(4, 3000), nn.Linear(3000, 2))), limit="1KiB", budget="1s")
 
 
 def test_find_leaves_the_process_and_the_model_as_they_were() -> None:

@@ -201,18 +201,27 @@ class CudaMemoryMeter:
 
 
 @contextlib.contextmanager
-def capped(device: torch.device, limit_bytes: int) -> Iterator[None]:
-    """Let the caching allocator of a CUDA device reserve no more than so many bytes on top of what it has; elsewhere change nothing."""
+def capped(device: torch.device, limit_bytes: int) -> Iterator[Callable[[], bool]]:
+    """Let the caching allocator of a CUDA device reserve no more than so many bytes on top of what it has; elsewhere change nothing.
+
+    Yields:
+        Tells whether the allocator has had to free its cache and try again since: what ran then needs more than the limit.
+    """
     if device.type != "cuda":
-        yield
+        yield lambda: False
         return
     total_bytes = torch.cuda.get_device_properties(device).total_memory
     allowed = (torch.cuda.memory_reserved(device) + limit_bytes) / total_bytes
+    before = _allocation_retries(device)
     torch.cuda.set_per_process_memory_fraction(min(1.0, allowed), device)
     try:
-        yield
+        yield lambda: _allocation_retries(device) > before
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def _allocation_retries(device: torch.device) -> int:
+    return int(torch.cuda.memory_stats(device).get("num_alloc_retries", 0))
 
 
 def measure_contention(gpu: torch.device | None = None, *, window_s: float = 0.3) -> Contention:

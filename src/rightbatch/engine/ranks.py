@@ -275,7 +275,14 @@ def is_one_of_many() -> bool:
     """Whether a launcher started this process as one of several, or the program has joined others itself; does not import torch."""
     if _own_distributed() is not None:
         return True
-    return all(os.environ.get(name) for name in _RENDEZVOUS_VARIABLES) and int(os.environ["WORLD_SIZE"]) > 1
+    return all(os.environ.get(name) for name in _RENDEZVOUS_VARIABLES) and _number("WORLD_SIZE") > 1
+
+
+def _number(variable: str) -> int:
+    text = os.environ[variable]
+    if not text.isdecimal():
+        raise RankError(f"{variable} must be a number, as a launcher sets it; got {text!r}; start with torchrun, or unset the variable.")
+    return int(text)
 
 
 def is_lead() -> bool:
@@ -297,6 +304,8 @@ def ranks_from_environment(wait_s: float = WAIT_S) -> Ranks:
     """
     if not is_one_of_many():
         return SingleRank()
+    for name in ("RANK", "MASTER_PORT"):
+        _number(name)
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
     from torch.distributed.rendezvous import rendezvous
@@ -311,7 +320,7 @@ def ranks_from_environment(wait_s: float = WAIT_S) -> Ranks:
         PrefixStore(f"rightbatch/{attempt}/{next(_meetings)}", store),
         rank=rank,
         world_size=world_size,
-        local_world_size=min(world_size, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
+        local_world_size=min(world_size, _number("LOCAL_WORLD_SIZE") if os.environ.get("LOCAL_WORLD_SIZE") else 1),
         wait_s=wait_s,
     )
 

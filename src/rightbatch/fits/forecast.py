@@ -20,7 +20,7 @@ _WORTH_SAYING = 1.05
 """Expandable segments are spoken of when they raise a ceiling by this factor at least."""
 
 
-def forecast(trace: MemoryTrace, gpus: Sequence[Gpu], *, largest: int = LARGEST_SIZE) -> MemoryForecast:
+def forecast(trace: MemoryTrace, gpus: Sequence[Gpu], *, largest: int = LARGEST_SIZE, train_size: int | None = None) -> MemoryForecast:
     """Forecast the largest micro-batch on every GPU by replaying its caching allocator.
 
     The value takes a context of the usual size and, at every convolution, scratch memory as large as its result: cuDNN's tensor-core
@@ -32,6 +32,7 @@ def forecast(trace: MemoryTrace, gpus: Sequence[Gpu], *, largest: int = LARGEST_
         trace: The step, recorded as it would run on CUDA.
         gpus: Where it is to run.
         largest: Cap on the size from elsewhere.
+        train_size: Samples in the training set; none when it is not known.
 
     Returns:
         One ceiling a GPU; none when the trace holds no allocations, with the reason among the remarks.
@@ -55,7 +56,11 @@ def forecast(trace: MemoryTrace, gpus: Sequence[Gpu], *, largest: int = LARGEST_
         bytes_at_one=recordings[LIKELY_WORKSPACE].at(1).peak_reserved_bytes,
         peak_module=peak.module if peak else "",
         peak_operation=peak.operation if peak else "",
-        remarks=(*_remarks(trace, ceilings, largest), *_expandable_remark(expandable, ceilings, largest)),
+        remarks=(
+            *_remarks(trace, ceilings, largest),
+            *_expandable_remark(expandable, ceilings, largest),
+            *_dataset_remark(ceilings, train_size),
+        ),
     )
 
 
@@ -131,6 +136,13 @@ def _expandable_remark(expandable: Recording, ceilings: Sequence[GpuCeiling], la
     if not gains:
         return ()
     return (f"PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True lessens fragmentation; the smooth ceilings would be {', '.join(gains)}.",)
+
+
+def _dataset_remark(ceilings: Sequence[GpuCeiling], train_size: int | None) -> tuple[str, ...]:
+    larger = [ceiling.gpu for ceiling in ceilings if train_size is not None and (ceiling.smooth_ceiling or 0) > train_size]
+    if not larger:
+        return ()
+    return (f"The training set holds {train_size} samples, fewer than would fit on {', '.join(larger)}: no batch can be larger than it.",)
 
 
 def _remarks(trace: MemoryTrace, ceilings: Sequence[GpuCeiling], largest: int) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """What a training step would hold on a CUDA device that is not here: recorded without memory where that is exact, else on the CPU."""
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
@@ -45,12 +46,23 @@ def record_without_memory(rig: Rig) -> MemoryTrace:
     Args:
         rig: The workload on the CPU.
     """
-    meta = replace(rig, device=torch.device("meta"), _loss_is_sum=rig.loss_is_sum)
+    empty = replace(rig.workload, model=lambda: _without_data(rig.new_model()))
+    meta = replace(rig, workload=empty, device=torch.device("meta"), _loss_is_sum=rig.loss_is_sum)
     reason = _difference(rig, meta)
     recorded = trace(rig if reason else meta)
     remark = f"Recorded on CPU tensors, because a recording without memory differs: {reason}." if reason else ""
     place = recorded.recorded_on if recorded.recorded_on == "none" else "cpu" if reason else "meta"
     return recorded.model_copy(update={"recorded_on": place, "remark": f"{recorded.remark} {remark}".strip()})
+
+
+def _without_data(model: nn.Module) -> nn.Module:
+    """Copy a model onto meta tensors: a function that always gives the same model would get one back that has lost its weights."""
+    tensors: dict[int, Tensor] = {
+        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
+        for parameter in model.parameters()
+    }
+    tensors |= {id(buffer): torch.empty_like(buffer, device="meta") for buffer in model.buffers()}
+    return copy.deepcopy(model, tensors)
 
 
 def _difference(real: Rig, meta: Rig) -> str:

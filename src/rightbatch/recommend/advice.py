@@ -107,11 +107,13 @@ def _loader_limit(context: Context, plan: BatchPlan) -> str:
 
 
 def _lone_sample(workload: WorkloadSummary, plan: BatchPlan) -> str:
-    leftover = workload.train_size % plan.global_batch_size % plan.micro_batch_size
+    share = -(-workload.train_size // plan.world_size)  # a distributed sampler gives every rank as many
+    leftover = share % (plan.global_batch_size // plan.world_size) % plan.micro_batch_size
     if not workload.batch_norm or leftover != 1 or plan.micro_batch_size == 1:
         return ""
+    each = " a rank" if plan.world_size > 1 else ""
     return (
-        f"{workload.train_size} samples leave a last micro-batch of one, on which batch normalisation fails or misleads: "
+        f"{share} samples{each} leave a last micro-batch of one, on which batch normalisation fails or misleads: "
         "use drop_last=True or another size."
     )
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from rightbatch.engine.isolation import ChildHost, Completed, Host, Killed
 from rightbatch.errors import NothingFitsError
 from rightbatch.fits.caching_allocator import LARGEST_SIZE
 from rightbatch.fits.forecast import forecast
@@ -45,24 +46,18 @@ def forecast_memory(
     def say(detail: str) -> None:
         progress.update("memory forecast", min(1.0, (clock_s() - start_s) / request.budget_s), detail)
 
-    trace = _record(source, request, say, build_rig)
+    trace, train_size = _record(source, request, say, build_rig)
     say(f"replaying the allocator of {len(gpus)} GPU{'s' if len(gpus) > 1 else ''}")
-    return forecast(trace, gpus, largest=request.max_batch or LARGEST_SIZE)
+    return forecast(trace, gpus, largest=request.max_batch or LARGEST_SIZE, train_size=train_size)
 
 
-def _record(source: Source, request: Request, say: Callable[[str], None], build_rig: "Callable[[], Rig] | None") -> MemoryTrace:
-    # Deferred: these import torch, and the command line imports this module before it knows that the workload can be loaded.
-    from rightbatch.engine.isolation import ChildHost, Completed, InProcessHost, Killed
-    from rightbatch.engine.rig import build_rig as default_build_rig
-    from rightbatch.probes import absent_device
-
-    build = build_rig or partial(
-        default_build_rig, source.load, device="cpu", precision=request.precision, threads=request.threads, seed=request.seed
-    )
+def _record(source: Source, request: Request, say: Callable[[str], None], build_rig: "Callable[[], Rig] | None") -> tuple[MemoryTrace, int]:
+    """Return the trace and how many samples the training set holds."""
+    build = build_rig or partial(_loaded, source, request)
     say("loading the workload")
-    host = ChildHost(build, say) if request.isolation == "child" else InProcessHost(build, say)
+    host = ChildHost(build, say) if request.isolation == "child" else _in_process(build, say)
     try:
-        outcome = host.call(absent_device.record)
+        outcome = host.call(_recorded)
     finally:
         host.close()
     if isinstance(outcome, Completed):
@@ -71,3 +66,24 @@ def _record(source: Source, request: Request, say: Callable[[str], None], build_
     raise NothingFitsError(
         f"a few samples must fit in this machine's memory to record their step; they do not ({why}); use a smaller model."
     )
+
+
+def _in_process(build: "Callable[[], Rig]", say: Callable[[str], None]) -> Host:
+    from rightbatch.engine.isolation import InProcessHost  # with torch, which this process does without otherwise
+
+    return InProcessHost(build, say)
+
+
+# These run where the workload is, in a child as a rule: only there is torch imported, and only once.
+
+
+def _loaded(source: Source, request: Request) -> "Rig":
+    from rightbatch.engine.rig import build_rig
+
+    return build_rig(source.load, device="cpu", precision=request.precision, threads=request.threads, seed=request.seed)
+
+
+def _recorded(rig: "Rig") -> tuple[MemoryTrace, int]:
+    from rightbatch.probes.absent_device import record
+
+    return record(rig), rig.train_size

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rightbatch.engine import meters
-from rightbatch.engine.meters import CpuMemoryMeter, CudaMemoryMeter, DeviceClock, measure_contention, meters_for
+from rightbatch.engine.meters import CpuMemoryMeter, CudaMemoryMeter, DeviceClock, capped, measure_contention, meters_for
 from rightbatch.units import GIB, MIB
 
 CUDA = torch.device("cuda", 1)
@@ -212,3 +212,38 @@ def test_processes_of_others_on_the_gpu_are_a_reason(quiet_machine, monkeypatch,
     contention = measure_contention(CUDA)
     assert contention.other_gpu_processes == count
     assert contention.reasons == (sentence,)
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """A device of 1000 bytes of which the allocator holds 100; notes every share that the process is allowed."""
+    allowed, stats = [], {"num_alloc_retries": 3}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 100)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: stats)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: allowed.append(share))
+    return allowed, stats
+
+
+def test_a_cap_leaves_the_allocator_the_limit_beside_what_it_has_and_is_lifted(fake_cuda):
+    allowed, stats = fake_cuda
+    with capped(torch.device("cuda"), 400) as has_retried:
+        assert allowed == [0.5]
+        assert not has_retried()
+        stats["num_alloc_retries"] += 1
+        assert has_retried()
+    assert allowed == [0.5, 1.0]
+
+
+def test_a_cap_is_lifted_after_an_error_and_never_more_than_the_device(fake_cuda):
+    allowed, _ = fake_cuda
+    with pytest.raises(torch.OutOfMemoryError), capped(torch.device("cuda"), 2000):
+        raise torch.OutOfMemoryError
+    assert allowed == [1.0, 1.0]
+
+
+def test_a_cap_does_nothing_on_a_cpu(fake_cuda):
+    allowed, _ = fake_cuda
+    with capped(torch.device("cpu"), 400) as has_retried:
+        assert not has_retried()
+    assert allowed == []

@@ -254,6 +254,13 @@ def test_launcher_of_one_process_or_without_a_meeting_place_is_none(launched: No
     assert isinstance(ranks_from_environment(), SingleRank)
 
 
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "MASTER_PORT"])
+def test_variable_of_a_launcher_that_is_no_number_is_named(launched: None, monkeypatch: pytest.MonkeyPatch, name: str):
+    monkeypatch.setenv(name, "two")
+    with pytest.raises(RankError, match=f"{name} must be a number, as a launcher sets it; got 'two'; start with torchrun, or unset"):
+        ranks_from_environment()
+
+
 def test_launched_process_is_one_of_many_and_only_the_first_leads(launched: None, monkeypatch: pytest.MonkeyPatch):
     follows = (is_one_of_many(), is_lead())
     monkeypatch.setenv("RANK", "0")

@@ -169,6 +169,19 @@ def test_cap_from_elsewhere_is_said() -> None:
     assert "No size above 16 was considered." in found.remarks
 
 
+def test_dataset_that_is_smaller_than_what_would_fit_is_said_with_the_gpus() -> None:
+    gpus = [find_gpu("t4"), find_gpu("h100")]
+    smaller, larger = (ceiling.smooth_ceiling for ceiling in forecast(trace(), gpus).ceilings)
+
+    def said(train_size: int | None) -> list[str]:
+        return [remark for remark in forecast(trace(), gpus, train_size=train_size).remarks if "training set" in remark]
+
+    words = "The training set holds {} samples, fewer than would fit on {}: no batch can be larger than it."
+    assert said(None) == said(larger) == []
+    assert said(larger - 1) == [words.format(larger - 1, "h100")]
+    assert said(smaller - 1) == [words.format(smaller - 1, "t4, h100")]
+
+
 def test_forecast_says_that_nothing_was_checked_on_a_gpu() -> None:
     found = forecast(trace(recorded_on="meta"), [find_gpu("t4")])
 

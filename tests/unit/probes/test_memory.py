@@ -1,5 +1,7 @@
 """Attempts measure the peak of two steps against the limit; the limit is taken before anything is built."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -40,6 +42,23 @@ def test_the_limit_is_the_devices_unless_less_is_asked_for():
     assert memory.limit(rig_on(device), None)[0].limit_bytes == 5000
     limit, description = memory.limit(rig_on(device), 3000)
     assert (limit.limit_bytes, description) == (3000, "planted device")
+
+
+@pytest.mark.parametrize(
+    ("purpose", "retries", "outcome"), [("proof", True, Outcome.OVER_LIMIT), ("proof", False, Outcome.RAN), ("approach", True, Outcome.RAN)]
+)
+def test_a_proof_that_runs_on_a_freed_cache_alone_shows_that_the_size_does_not_fit(monkeypatch, purpose, retries, outcome):
+    caps = []
+
+    @contextlib.contextmanager
+    def capped(device, limit_bytes):
+        caps.append(limit_bytes)
+        yield lambda: retries
+
+    monkeypatch.setattr(memory, "capped", capped)
+    point = memory.attempt(rig_on(FakeDevice()), 10, purpose, traced_bytes=0, limit_bytes=2**40)
+    assert (point.outcome, caps) == (outcome, [2**40] if purpose == "proof" else [])
+    assert ("freed its cache" in point.detail) is (outcome is Outcome.OVER_LIMIT)
 
 
 def test_no_trace_says_why():

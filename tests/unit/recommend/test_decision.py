@@ -242,6 +242,19 @@ def test_advice_names_what_to_mind(changes, words):
     assert not any(words in sentence for sentence in _recommend().advice)
 
 
+@pytest.mark.parametrize(("beyond", "is_said"), [(1, True), (2, True), (3, False)])
+def test_lone_sample_is_counted_by_rank_as_a_distributed_sampler_deals_them_out(beyond, is_said):
+    """Of two samples more than whole steps each rank gets one; of one more too, since it is repeated."""
+    constraints = Constraints(world_size=2)
+    plan = _recommend(constraints=constraints).plan
+    size = plan.global_batch_size * 40 + beyond
+    answer = _recommend(workload=workload(batch_norm=True, train_size=size), constraints=constraints)
+
+    assert (answer.plan.global_batch_size, answer.plan.world_size) == (plan.global_batch_size, 2)
+    said = [sentence.partition(" leave ")[0] for sentence in answer.advice if "last micro-batch of one" in sentence]
+    assert said == ([f"{-(-size // 2)} samples a rank"] if is_said else [])
+
+
 def test_advice_names_an_evaluation_batch_that_would_not_fit():
     curve = memory(1024)
 
