@@ -32,6 +32,35 @@ def trace_and_sq_norm(micro, micro_batch_size, dataset_size):
     return trace, np.mean(products) + trace / dataset_size
 
 
+def ragged_norms_of(gradients, *, sizes, micro_batch_size, block_counts, dataset_size=10**12):
+    """The record of micro-batches of ``sizes`` samples each, cut from per-sample gradients."""
+    micro, edges = ragged_means(gradients, sizes), np.cumsum((0, *block_counts))
+    weights = np.array(sizes) / micro_batch_size
+    sums = np.array([(weights[a:b, None] * micro[a:b]).sum(axis=0) for a, b in pairwise(edges)])
+    return GradientNorms(
+        samples_seen=0,
+        micro_batch_size=micro_batch_size,
+        dataset_size=dataset_size,
+        block_counts=block_counts,
+        block_sample_counts=tuple(sum(sizes[a:b]) for a, b in pairwise(edges)),
+        block_sq_norm_sums=tuple(float((weights[a:b, None] * micro[a:b] ** 2).sum()) for a, b in pairwise(edges)),
+        block_gram=tuple(tuple(float(v) for v in row) for row in sums @ sums.T),
+    )
+
+
+def ragged_means(gradients, sizes):
+    """Mean gradient of each micro-batch of ``sizes`` samples."""
+    return np.array([gradients[a:b].mean(axis=0) for a, b in pairwise(np.cumsum((0, *sizes)))])
+
+
+def ragged_trace_and_sq_norm(micro, sizes, dataset_size):
+    """S and G from micro-batches of unequal sizes, by squared deviations from the mean of all samples."""
+    samples = sum(sizes)
+    centre = sum(size * gradient for size, gradient in zip(sizes, micro, strict=True)) / samples
+    trace = sum(size * ((gradient - centre) ** 2).sum() for size, gradient in zip(sizes, micro, strict=True)) / (len(sizes) - 1)
+    return trace, (centre**2).sum() - trace / samples + trace / dataset_size
+
+
 def jackknife_covariance(micro, micro_batch_size, dataset_size, block_counts):
     """Delete-a-group jackknife covariance of (S, G), recomputing each from the micro-batches that are left."""
     count, groups = len(micro), len(block_counts)
