@@ -1,5 +1,6 @@
 """Slow obvious twins of the noise estimators: per-sample gradients in float64, one formula a line."""
 
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -59,6 +60,15 @@ def ragged_trace_and_sq_norm(micro, sizes, dataset_size):
     centre = sum(size * gradient for size, gradient in zip(sizes, micro, strict=True)) / samples
     trace = sum(size * ((gradient - centre) ** 2).sum() for size, gradient in zip(sizes, micro, strict=True)) / (len(sizes) - 1)
     return trace, (centre**2).sum() - trace / samples + trace / dataset_size
+
+
+def step_trace_and_sq_norm(micro, sizes, weights, dataset_size=math.inf):
+    """S and G of one step whose micro-batch gradients entered with weights, pair by pair of micro-batches."""
+    pairs = [(i, j) for i in range(len(micro)) for j in range(len(micro)) if i != j]
+    product = sum(weights[i] * weights[j] * (micro[i] @ micro[j]) for i, j in pairs) / sum(weights[i] * weights[j] for i, j in pairs)
+    excess = sum(w**2 * (g @ g - product) for w, g in zip(weights, micro, strict=True))
+    trace = excess / sum(w**2 / size for w, size in zip(weights, sizes, strict=True))
+    return trace, product + trace / dataset_size
 
 
 def jackknife_covariance(micro, micro_batch_size, dataset_size, block_counts):

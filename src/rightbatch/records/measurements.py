@@ -252,6 +252,43 @@ class GradientNoiseMeasurements(Record):
     remark: str = ""
 
 
+class NoiseBlock(Record):
+    """Sums over consecutive optimizer steps whose gradients were measured during training; the parameters move from step to step.
+
+    Of each step: unbiased estimates of tr Sigma, the trace of one sample's gradient covariance, and of the squared norm of the true
+    gradient, both split by layer.
+    """
+
+    steps: PositiveInt
+    micro_batches: PositiveInt
+    samples: PositiveInt
+    """In the measured steps, over all ranks."""
+    samples_seen: NonNegativeInt
+    """Training samples consumed when the block ended, measured or not."""
+    trace_sums: tuple[float, ...]
+    """One number a layer."""
+    sq_norm_sums: tuple[float, ...]
+    """One number a layer; noise may make it negative."""
+
+
+class NoiseStream(Record):
+    """Gradient noise along a real run, by blocks of steps in the order of the run."""
+
+    layers: tuple[str, ...]
+    blocks: tuple[NoiseBlock, ...]
+    samples_seen: NonNegativeInt
+    batch_norm: bool
+    """Whether normalisation couples the samples of a micro-batch."""
+    non_finite_steps: NonNegativeInt = 0
+    """Measured steps left out because a gradient was not finite."""
+    single_steps: NonNegativeInt = 0
+    """Measured steps left out because they had one micro-batch only, which says nothing about noise."""
+    dropped_steps: NonNegativeInt = 0
+    """Measured steps whose gradients were cleared without an optimizer step, as after an infinity under a GradScaler."""
+    inconsistent_steps: NonNegativeInt = 0
+    """Measured steps left out because gradients were not those of the micro-batches alone."""
+
+
 class WorkloadSummary(Record):
     """What the workload was, in numbers that need no torch to read."""
 
