@@ -72,7 +72,10 @@ def step_trace_and_sq_norm(micro, sizes, weights, dataset_size=math.inf):
 
 
 def jackknife_covariance(micro, micro_batch_size, dataset_size, block_counts):
-    """Delete-a-group jackknife covariance of (S, G), recomputing each from the micro-batches that are left."""
+    """Delete-a-group jackknife covariance of (S, G), recomputing each from the micro-batches that are left.
+
+    Multiplied with the share of the population that was not drawn, and for S of its contrasts.
+    """
     count, groups = len(micro), len(block_counts)
     edges = np.cumsum((0, *block_counts))
     whole = np.array(trace_and_sq_norm(micro, micro_batch_size, dataset_size))
@@ -83,7 +86,9 @@ def jackknife_covariance(micro, micro_batch_size, dataset_size, block_counts):
         pseudo.append(ratio * whole - (ratio - 1) * np.array(trace_and_sq_norm(left, micro_batch_size, dataset_size)))
         ratios.append(ratio)
     centre = sum(value / ratio for value, ratio in zip(pseudo, ratios, strict=True))
-    return sum(np.outer(v - centre, v - centre) / (r - 1) for v, r in zip(pseudo, ratios, strict=True)) / groups
+    not_drawn, not_contrasted = 1 - count * micro_batch_size / dataset_size, 1 - (count - 1) / (dataset_size - 1)
+    covariance = sum(np.outer(v - centre, v - centre) / (r - 1) for v, r in zip(pseudo, ratios, strict=True)) / groups
+    return covariance * np.array([[not_contrasted, not_drawn], [not_drawn, not_drawn]])
 
 
 def fieller_set(moments, quantile, grid):

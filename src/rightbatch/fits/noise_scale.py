@@ -132,7 +132,11 @@ def samples_by_block(norms: GradientNorms) -> tuple[int, ...]:
 
 
 def noise_moments(norms: GradientNorms) -> NoiseMoments | None:
-    """S and G with leave-one-block-out covariances; none with fewer than two blocks or when every gradient is zero."""
+    """S and G with leave-one-block-out covariances; none with fewer than two blocks or when every gradient is zero.
+
+    The population is finite: the variance of G falls by 1 - N / D, to nil when all samples are drawn, and that of S by
+    1 - (K - 1) / (D - 1), since S is the mean over K - 1 of the D - 1 contrasts whose mean the population's is.
+    """
     counts = np.asarray(norms.block_counts, dtype=np.float64)
     samples = np.asarray(samples_by_block(norms), dtype=np.float64)
     sums = np.asarray(norms.block_sq_norm_sums, dtype=np.float64)
@@ -147,6 +151,8 @@ def noise_moments(norms: GradientNorms) -> NoiseMoments | None:
     pseudo = ratio * whole[:, None] - (ratio - 1) * without
     residual = pseudo - (pseudo / ratio).sum(axis=1, keepdims=True)
     covariance = (residual / (ratio - 1)) @ residual.T / len(counts)
+    samples_left, contrasts_left = _finite_population(norms, counts.sum(), samples.sum())
+    covariance *= [[contrasts_left, samples_left], [samples_left, samples_left]]
     return NoiseMoments(
         float(whole[0]), float(whole[1]), float(covariance[0, 0]), float(covariance[0, 1]), float(covariance[1, 1]), len(counts) - 1.0
     )
@@ -197,6 +203,12 @@ def _trace_and_sq_norm(
     trace = samples / (count - 1) * (mean_sq_norm - sq_norm_of_mean)
     sq_norm = sq_norm_of_mean - trace / samples + trace / norms.dataset_size
     return np.array([trace, sq_norm])
+
+
+def _finite_population(norms: GradientNorms, count: float, samples: float) -> tuple[float, float]:
+    """Share of the population's samples that were not drawn, and of its contrasts that S does not rest on."""
+    contrasts = max(norms.dataset_size - 1, 1)
+    return max(1 - samples / norms.dataset_size, 0.0), max(1 - (count - 1) / contrasts, 0.0)
 
 
 def _snapshot(norms: GradientNorms, noise_scale: Estimate, sq_norm: Estimate, trace: Estimate) -> NoiseSnapshot:

@@ -61,6 +61,30 @@ def test_trace_and_square_norm_are_unbiased_without_replacement():
     assert 4 * standard_error[1] < 0.5 * truth[0] / 64
 
 
+@pytest.mark.parametrize("share_drawn", [0.25, 0.8])
+def test_intervals_cover_the_noise_scale_of_a_small_population_without_excess(share_drawn):
+    """Without the share not drawn, all but one of 1000 intervals would cover at four fifths."""
+    rng, samples, covered = np.random.default_rng(14), M * 100, 0
+    size = round(samples / share_drawn)
+    population = gaussian_gradients(rng, samples=size, noise_scale=100.0, dimension=40)
+    truth = population.var(axis=0, ddof=1).sum() / (population.mean(axis=0) ** 2).sum()
+    for _ in range(1000):
+        sample = population[rng.permutation(size)[:samples]]
+        estimate = fit_snapshot(norms_of(sample, micro_batch_size=M, block_counts=(2,) * 50, dataset_size=size)).noise_scale
+        covered += estimate.low <= truth and (estimate.high is None or estimate.high >= truth)
+
+    assert 0.93 <= covered / 1000 <= 0.98
+
+
+def test_gradient_of_a_population_that_is_used_up_is_exact():
+    gradients = gaussian_gradients(np.random.default_rng(15), samples=48, noise_scale=20.0, dimension=7)
+    moments = noise_moments(norms_of(gradients, micro_batch_size=M, block_counts=(1,) * 12, dataset_size=48))
+
+    assert moments.sq_norm == pytest.approx((gradients.mean(axis=0) ** 2).sum(), rel=1e-12)
+    assert (moments.var_sq_norm, moments.cov) == (0.0, 0.0)
+    assert moments.var_trace > 0
+
+
 RAGGED = (4, 1, 7, 4, 2, 4, 9, 3, 4, 4, 1, 5)
 
 
