@@ -13,15 +13,28 @@ from rightbatch.errors import RightbatchError, RightbatchWarning
 if TYPE_CHECKING:
     from rightbatch.api import FoundPlan, find
     from rightbatch.records.plan import BatchPlan, Findings, Goal
+    from rightbatch.training.monitor import NoiseMonitor
     from rightbatch.workload.ingredients import Workload
 
-__all__ = ["BatchPlan", "Findings", "FoundPlan", "Goal", "RightbatchError", "RightbatchWarning", "Workload", "__version__", "find"]
+__all__ = [
+    "BatchPlan",
+    "Findings",
+    "FoundPlan",
+    "Goal",
+    "NoiseMonitor",
+    "RightbatchError",
+    "RightbatchWarning",
+    "Workload",
+    "__version__",
+    "find",
+]
 
 _HOMES = {
     "BatchPlan": "rightbatch.records.plan",
     "Findings": "rightbatch.records.plan",
     "FoundPlan": "rightbatch.api",
     "Goal": "rightbatch.records.plan",
+    "NoiseMonitor": "rightbatch.training.monitor",
     "Workload": "rightbatch.workload.ingredients",
     "find": "rightbatch.api",
 }

@@ -1,5 +1,6 @@
 """Slow obvious twins of the noise estimators: per-sample gradients in float64, one formula a line."""
 
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -32,8 +33,49 @@ def trace_and_sq_norm(micro, micro_batch_size, dataset_size):
     return trace, np.mean(products) + trace / dataset_size
 
 
+def ragged_norms_of(gradients, *, sizes, micro_batch_size, block_counts, dataset_size=10**12):
+    """The record of micro-batches of ``sizes`` samples each, cut from per-sample gradients."""
+    micro, edges = ragged_means(gradients, sizes), np.cumsum((0, *block_counts))
+    weights = np.array(sizes) / micro_batch_size
+    sums = np.array([(weights[a:b, None] * micro[a:b]).sum(axis=0) for a, b in pairwise(edges)])
+    return GradientNorms(
+        samples_seen=0,
+        micro_batch_size=micro_batch_size,
+        dataset_size=dataset_size,
+        block_counts=block_counts,
+        block_sample_counts=tuple(sum(sizes[a:b]) for a, b in pairwise(edges)),
+        block_sq_norm_sums=tuple(float((weights[a:b, None] * micro[a:b] ** 2).sum()) for a, b in pairwise(edges)),
+        block_gram=tuple(tuple(float(v) for v in row) for row in sums @ sums.T),
+    )
+
+
+def ragged_means(gradients, sizes):
+    """Mean gradient of each micro-batch of ``sizes`` samples."""
+    return np.array([gradients[a:b].mean(axis=0) for a, b in pairwise(np.cumsum((0, *sizes)))])
+
+
+def ragged_trace_and_sq_norm(micro, sizes, dataset_size):
+    """S and G from micro-batches of unequal sizes, by squared deviations from the mean of all samples."""
+    samples = sum(sizes)
+    centre = sum(size * gradient for size, gradient in zip(sizes, micro, strict=True)) / samples
+    trace = sum(size * ((gradient - centre) ** 2).sum() for size, gradient in zip(sizes, micro, strict=True)) / (len(sizes) - 1)
+    return trace, (centre**2).sum() - trace / samples + trace / dataset_size
+
+
+def step_trace_and_sq_norm(micro, sizes, weights, dataset_size=math.inf):
+    """S and G of one step whose micro-batch gradients entered with weights, pair by pair of micro-batches."""
+    pairs = [(i, j) for i in range(len(micro)) for j in range(len(micro)) if i != j]
+    product = sum(weights[i] * weights[j] * (micro[i] @ micro[j]) for i, j in pairs) / sum(weights[i] * weights[j] for i, j in pairs)
+    excess = sum(w**2 * (g @ g - product) for w, g in zip(weights, micro, strict=True))
+    trace = excess / sum(w**2 / size for w, size in zip(weights, sizes, strict=True))
+    return trace, product + trace / dataset_size
+
+
 def jackknife_covariance(micro, micro_batch_size, dataset_size, block_counts):
-    """Delete-a-group jackknife covariance of (S, G), recomputing each from the micro-batches that are left."""
+    """Delete-a-group jackknife covariance of (S, G), recomputing each from the micro-batches that are left.
+
+    Multiplied with the share of the population that was not drawn, and for S of its contrasts.
+    """
     count, groups = len(micro), len(block_counts)
     edges = np.cumsum((0, *block_counts))
     whole = np.array(trace_and_sq_norm(micro, micro_batch_size, dataset_size))
@@ -44,7 +86,9 @@ def jackknife_covariance(micro, micro_batch_size, dataset_size, block_counts):
         pseudo.append(ratio * whole - (ratio - 1) * np.array(trace_and_sq_norm(left, micro_batch_size, dataset_size)))
         ratios.append(ratio)
     centre = sum(value / ratio for value, ratio in zip(pseudo, ratios, strict=True))
-    return sum(np.outer(v - centre, v - centre) / (r - 1) for v, r in zip(pseudo, ratios, strict=True)) / groups
+    not_drawn, not_contrasted = 1 - count * micro_batch_size / dataset_size, 1 - (count - 1) / (dataset_size - 1)
+    covariance = sum(np.outer(v - centre, v - centre) / (r - 1) for v, r in zip(pseudo, ratios, strict=True)) / groups
+    return covariance * np.array([[not_contrasted, not_drawn], [not_drawn, not_drawn]])
 
 
 def fieller_set(moments, quantile, grid):

@@ -44,20 +44,25 @@ class GradientBlocks:
         """Number of gradients added."""
         return sum(self._counts)
 
-    def add(self, gradient: Float[Tensor, " param"]) -> bool:
-        """Add one micro-batch's mean gradient; return whether it was finite (else nothing was added)."""
+    def add(self, gradient: Float[Tensor, " param"], *, weight: float = 1.0) -> bool:
+        """Add one micro-batch's mean gradient; return whether it was finite (else nothing was added).
+
+        Args:
+            gradient: Mean over the micro-batch's samples.
+            weight: Its number of samples over the usual one.
+        """
         sq_norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64) ** 2)
         if not sq_norm < float("inf"):
             return False
         if self._counts and self._counts[-1] < self._block_length:
-            self._sums[-1] += gradient.to(self._sums[-1].device)
-            self._sq_norm_sums[-1] += sq_norm
+            self._sums[-1].add_(gradient.to(self._sums[-1].device), alpha=weight)
+            self._sq_norm_sums[-1] += weight * sq_norm
             self._counts[-1] += 1
             return True
         if len(self._sums) == self._most_blocks:
             self._merge_neighbours()
-        self._sums.append(gradient.detach().to(self._device or gradient.device, copy=True))
-        self._sq_norm_sums.append(sq_norm)
+        self._sums.append(gradient.detach().to(self._device or gradient.device, copy=True).mul_(weight))
+        self._sq_norm_sums.append(weight * sq_norm)
         self._counts.append(1)
         return True
 
@@ -72,11 +77,11 @@ class GradientBlocks:
         return tuple(self._counts)
 
     def sq_norm_sums(self) -> tuple[float, ...]:
-        """Sum of |g_k|**2 over each block."""
+        """Weighted sum of |g_k|**2 over each block."""
         return tuple(self._sq_norm_sums)
 
     def gram(self) -> tuple[tuple[float, ...], ...]:
-        """Dot products of the block sums, accumulated in float64."""
+        """Dot products of the weighted block sums, accumulated in float64."""
         size = len(self._sums)
         rows = [[0.0] * size for _ in range(size)]
         for i, first in enumerate(self._sums):

@@ -47,24 +47,28 @@ class NoiseMoments:
 def fit_snapshot(norms: GradientNorms) -> NoiseSnapshot:
     """Simple noise scale at one set of frozen parameters.
 
-    With K micro-batches of m samples drawn without replacement from D, their mean square norm x, and the square norm X of their mean:
+    With K micro-batches of m_k samples drawn without replacement from D, N = sum m_k, their weighted mean square norm
+    x = sum m_k |g_k|**2 / N, and the square norm X of their weighted mean:
 
-        S = m K / (K - 1) (x - X),   G = (K X - x) / (K - 1) + S / D,   B = S / G.
+        S = N / (K - 1) (x - X),   G = X - S / N + S / D,   B = S / G.
+
+    This is the weighted regression of square norms on one over the sample count, through (m_k, |g_k|**2) and (N, X).
 
     Returns:
         Estimates with 95 % intervals: Student intervals for S and G, Fieller's for B. ``AT_LEAST`` when the interval is a half-line,
         ``INDETERMINATE`` when it says nothing or there are fewer than two blocks, ``NO_GRADIENT`` when every gradient is zero.
 
     Source:
-        McCandlish et al. 2018, arXiv:1812.06162, appendix A.1; finite population: Cochran, Sampling Techniques (1977), section 2.6;
+        McCandlish et al. 2018, arXiv:1812.06162, appendix A.1, for equal sizes; unequal ones: the analysis of variance of one random
+        factor, Searle, Casella and McCulloch, Variance Components (1992), section 3.6; finite population: Cochran, Sampling Techniques
+        (1977), section 2.6;
         jackknife with unequal groups: Busing, Meijer and van der Leeden, Statistics and Computing 9, 1999, equations 9 and 10.
     """
-    count = sum(norms.block_counts)
+    n = sum(samples_by_block(norms))
     if not any(norms.block_sq_norm_sums):
-        nothing = Estimate(value=None, low=None, high=None, n=count * norms.micro_batch_size, status=Status.NO_GRADIENT)
+        nothing = Estimate(value=None, low=None, high=None, n=n, status=Status.NO_GRADIENT)
         return _snapshot(norms, nothing, nothing, nothing)
     moments = noise_moments(norms)
-    n = count * norms.micro_batch_size
     if moments is None:
         nothing = Estimate(value=None, low=None, high=None, n=n, status=Status.INDETERMINATE)
         return _snapshot(norms, nothing, nothing, nothing)
@@ -98,7 +102,7 @@ def fit_noise_scale(measurements: GradientNoiseMeasurements) -> NoiseScale:
         McCandlish et al. 2018, appendix D.1; Fieller 1954; Satterthwaite 1946.
     """
     snapshots = tuple(fit_snapshot(norms) for norms in measurements.snapshots)
-    n = sum(sum(norms.block_counts) * norms.micro_batch_size for norms in measurements.snapshots)
+    n = sum(sum(samples_by_block(norms)) for norms in measurements.snapshots)
     usable = [(norms, moments) for norms in measurements.snapshots if (moments := noise_moments(norms)) is not None]
     problem = measurements.problem
     remarks = [_REMEDY[problem]] if problem is not None else []
@@ -122,23 +126,35 @@ def fit_noise_scale(measurements: GradientNoiseMeasurements) -> NoiseScale:
     )
 
 
+def samples_by_block(norms: GradientNorms) -> tuple[int, ...]:
+    """Samples in each block of micro-batches."""
+    return norms.block_sample_counts or tuple(count * norms.micro_batch_size for count in norms.block_counts)
+
+
 def noise_moments(norms: GradientNorms) -> NoiseMoments | None:
-    """S and G with leave-one-block-out covariances; none with fewer than two blocks or when every gradient is zero."""
+    """S and G with leave-one-block-out covariances; none with fewer than two blocks or when every gradient is zero.
+
+    The population is finite: the variance of G falls by 1 - N / D, to nil when all samples are drawn, and that of S by
+    1 - (K - 1) / (D - 1), since S is the mean over K - 1 of the D - 1 contrasts whose mean the population's is.
+    """
     counts = np.asarray(norms.block_counts, dtype=np.float64)
+    samples = np.asarray(samples_by_block(norms), dtype=np.float64)
     sums = np.asarray(norms.block_sq_norm_sums, dtype=np.float64)
     gram = np.asarray(norms.block_gram, dtype=np.float64)
-    total, blocks = counts.sum(), len(counts)
-    remaining = total - counts
-    if blocks < 2 or remaining.min() < 2 or not sums.any():
+    remaining = counts.sum() - counts
+    if len(counts) < 2 or remaining.min() < 2 or not sums.any():
         return None
-    whole = _trace_and_sq_norm(norms, total, sums.sum(), gram.sum())
-    without = _trace_and_sq_norm(norms, remaining, sums.sum() - sums, gram.sum() - 2 * gram.sum(axis=1) + np.diag(gram))
-    ratio = total / counts
+    whole = _trace_and_sq_norm(norms, counts.sum(), samples.sum(), sums.sum(), gram.sum())
+    gram_without = gram.sum() - 2 * gram.sum(axis=1) + np.diag(gram)
+    without = _trace_and_sq_norm(norms, remaining, samples.sum() - samples, sums.sum() - sums, gram_without)
+    ratio = samples.sum() / samples
     pseudo = ratio * whole[:, None] - (ratio - 1) * without
     residual = pseudo - (pseudo / ratio).sum(axis=1, keepdims=True)
-    covariance = (residual / (ratio - 1)) @ residual.T / blocks
+    covariance = (residual / (ratio - 1)) @ residual.T / len(counts)
+    samples_left, contrasts_left = _finite_population(norms, counts.sum(), samples.sum())
+    covariance *= [[contrasts_left, samples_left], [samples_left, samples_left]]
     return NoiseMoments(
-        float(whole[0]), float(whole[1]), float(covariance[0, 0]), float(covariance[0, 1]), float(covariance[1, 1]), blocks - 1.0
+        float(whole[0]), float(whole[1]), float(covariance[0, 0]), float(covariance[0, 1]), float(covariance[1, 1]), len(counts) - 1.0
     )
 
 
@@ -178,12 +194,21 @@ def student_quantile_95(dof: float) -> float:
     return float(stdtrit(dof, 0.975))
 
 
-def _trace_and_sq_norm(norms: GradientNorms, count: FloatArray, sq_norm_sum: FloatArray, gram_sum: FloatArray) -> FloatArray:
-    """Rows S and G for ``count`` micro-batches whose square norms sum to ``sq_norm_sum`` and whose sum has square norm ``gram_sum``."""
-    mean_sq_norm, sq_norm_of_mean = sq_norm_sum / count, gram_sum / count**2
-    trace = norms.micro_batch_size * count / (count - 1) * (mean_sq_norm - sq_norm_of_mean)
-    sq_norm = (count * sq_norm_of_mean - mean_sq_norm) / (count - 1) + trace / norms.dataset_size
+def _trace_and_sq_norm(
+    norms: GradientNorms, count: FloatArray, samples: FloatArray, sq_norm_sum: FloatArray, gram_sum: FloatArray
+) -> FloatArray:
+    """Rows S and G for ``count`` micro-batches of so many samples, from their sum of square norms and the square norm of their sum."""
+    weight = samples / norms.micro_batch_size
+    mean_sq_norm, sq_norm_of_mean = sq_norm_sum / weight, gram_sum / weight**2
+    trace = samples / (count - 1) * (mean_sq_norm - sq_norm_of_mean)
+    sq_norm = sq_norm_of_mean - trace / samples + trace / norms.dataset_size
     return np.array([trace, sq_norm])
+
+
+def _finite_population(norms: GradientNorms, count: float, samples: float) -> tuple[float, float]:
+    """Share of the population's samples that were not drawn, and of its contrasts that S does not rest on."""
+    contrasts = max(norms.dataset_size - 1, 1)
+    return max(1 - samples / norms.dataset_size, 0.0), max(1 - (count - 1) / contrasts, 0.0)
 
 
 def _snapshot(norms: GradientNorms, noise_scale: Estimate, sq_norm: Estimate, trace: Estimate) -> NoiseSnapshot:

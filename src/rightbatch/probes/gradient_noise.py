@@ -104,7 +104,7 @@ def _snapshot(
 ) -> tuple[GradientNorms | None, NoiseProblem | None]:
     """Add micro-batches at frozen parameters, testing at every doubling, until decided or out of budget or data.
 
-    Samples are drawn without replacement, as in an epoch.
+    Samples are drawn without replacement, as in an epoch; its last, smaller micro-batch is left out.
     """
     available = rig.train_size // micro_batch_size
     if available < 2:

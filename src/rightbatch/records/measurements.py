@@ -233,6 +233,7 @@ class GradientNorms(Record):
 
     Block j holds ``block_counts[j]`` micro-batches; s_j is the sum of their mean gradients. ``block_gram[i][j]`` is s_i . s_j and
     ``block_sq_norm_sums[j]`` is the sum of |g_k|**2 over the block, so every leave-one-block-out statistic follows without the gradients.
+    Where micro-batch k holds m_k samples instead of ``micro_batch_size``, both sums weigh it with m_k / ``micro_batch_size``.
     """
 
     samples_seen: NonNegativeInt
@@ -242,6 +243,8 @@ class GradientNorms(Record):
     block_counts: tuple[PositiveInt, ...]
     block_sq_norm_sums: tuple[NonNegativeFloat, ...]
     block_gram: tuple[tuple[float, ...], ...]
+    block_sample_counts: tuple[PositiveInt, ...] = ()
+    """Samples in each block; empty when every micro-batch holds ``micro_batch_size``."""
     mean_loss: float | None = None
     skipped_micro_batches: NonNegativeInt = 0
     """Micro-batches left out because their gradient was not finite."""
@@ -331,6 +334,43 @@ class BranchMeasurements(Record):
     """None when no branch could be trained."""
     probes: tuple[BranchProbe, ...]
     remark: str = ""
+
+
+class NoiseBlock(Record):
+    """Sums over consecutive optimizer steps whose gradients were measured during training; the parameters move from step to step.
+
+    Of each step: unbiased estimates of tr Sigma, the trace of one sample's gradient covariance, and of the squared norm of the true
+    gradient, both split by layer.
+    """
+
+    steps: PositiveInt
+    micro_batches: PositiveInt
+    samples: PositiveInt
+    """In the measured steps, over all ranks."""
+    samples_seen: NonNegativeInt
+    """Training samples consumed when the block ended, measured or not."""
+    trace_sums: tuple[float, ...]
+    """One number a layer."""
+    sq_norm_sums: tuple[float, ...]
+    """One number a layer; noise may make it negative."""
+
+
+class NoiseStream(Record):
+    """Gradient noise along a real run, by blocks of steps in the order of the run."""
+
+    layers: tuple[str, ...]
+    blocks: tuple[NoiseBlock, ...]
+    samples_seen: NonNegativeInt
+    batch_norm: bool
+    """Whether normalisation couples the samples of a micro-batch."""
+    non_finite_steps: NonNegativeInt = 0
+    """Measured steps left out because a gradient was not finite."""
+    single_steps: NonNegativeInt = 0
+    """Measured steps left out because they had one micro-batch only, which says nothing about noise."""
+    dropped_steps: NonNegativeInt = 0
+    """Measured steps whose gradients were cleared without an optimizer step, as after an infinity under a GradScaler."""
+    inconsistent_steps: NonNegativeInt = 0
+    """Measured steps left out because gradients were not those of the micro-batches alone."""
 
 
 class WorkloadSummary(Record):

@@ -35,6 +35,16 @@ def test_block_sums_equal_those_of_all_gradients_kept(count, most_blocks, seed):
         assert row == pytest.approx(expected, rel=TOLERANCE, abs=TOLERANCE)
 
 
+def test_weights_multiply_the_sums_and_enter_square_norms_once():
+    blocks = GradientBlocks(2)
+    for weight, value in ((1.0, 1.0), (0.5, 4.0), (2.0, 3.0)):
+        blocks.add(torch.full((1,), value), weight=weight)
+
+    assert blocks.counts() == (2, 1)
+    assert blocks.sq_norm_sums() == (1 + 0.5 * 16, 2 * 9)
+    assert blocks.gram() == ((9.0, 18.0), (18.0, 36.0))
+
+
 @pytest.mark.parametrize(
     ("count", "counts"), [(4, (1,) * 4), (5, (2, 2, 1)), (7, (2, 2, 2, 1)), (8, (2,) * 4), (9, (4, 4, 1)), (11, (4, 4, 3))]
 )

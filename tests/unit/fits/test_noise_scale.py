@@ -1,7 +1,16 @@
 import numpy as np
 import pytest
 
-from oracles.oracle_noise import fieller_set, gaussian_gradients, jackknife_covariance, norms_of, trace_and_sq_norm
+from oracles.oracle_noise import (
+    fieller_set,
+    gaussian_gradients,
+    jackknife_covariance,
+    norms_of,
+    ragged_means,
+    ragged_norms_of,
+    ragged_trace_and_sq_norm,
+    trace_and_sq_norm,
+)
 from rightbatch.fits.noise_scale import NoiseMoments, fieller, fit_noise_scale, fit_snapshot, is_decided, noise_moments, student_quantile_95
 from rightbatch.records.estimates import Status
 from rightbatch.records.measurements import GradientNoiseMeasurements, NoiseProblem
@@ -50,6 +59,81 @@ def test_trace_and_square_norm_are_unbiased_without_replacement():
     assert (np.abs(error) < 4 * standard_error).all()
     # Leaving the population correction out would shift G by S / D, which the test must be able to see.
     assert 4 * standard_error[1] < 0.5 * truth[0] / 64
+
+
+@pytest.mark.parametrize("share_drawn", [0.25, 0.8])
+def test_intervals_cover_the_noise_scale_of_a_small_population_without_excess(share_drawn):
+    """Without the share not drawn, all but one of 1000 intervals would cover at four fifths."""
+    rng, samples, covered = np.random.default_rng(14), M * 100, 0
+    size = round(samples / share_drawn)
+    population = gaussian_gradients(rng, samples=size, noise_scale=100.0, dimension=40)
+    truth = population.var(axis=0, ddof=1).sum() / (population.mean(axis=0) ** 2).sum()
+    for _ in range(1000):
+        sample = population[rng.permutation(size)[:samples]]
+        estimate = fit_snapshot(norms_of(sample, micro_batch_size=M, block_counts=(2,) * 50, dataset_size=size)).noise_scale
+        covered += estimate.low <= truth and (estimate.high is None or estimate.high >= truth)
+
+    assert 0.93 <= covered / 1000 <= 0.98
+
+
+def test_gradient_of_a_population_that_is_used_up_is_exact():
+    gradients = gaussian_gradients(np.random.default_rng(15), samples=48, noise_scale=20.0, dimension=7)
+    moments = noise_moments(norms_of(gradients, micro_batch_size=M, block_counts=(1,) * 12, dataset_size=48))
+
+    assert moments.sq_norm == pytest.approx((gradients.mean(axis=0) ** 2).sum(), rel=1e-12)
+    assert (moments.var_sq_norm, moments.cov) == (0.0, 0.0)
+    assert moments.var_trace > 0
+
+
+RAGGED = (4, 1, 7, 4, 2, 4, 9, 3, 4, 4, 1, 5)
+
+
+def test_moments_of_unequal_micro_batches_equal_squared_deviations():
+    gradients = gaussian_gradients(np.random.default_rng(4), samples=sum(RAGGED), noise_scale=20.0, dimension=7)
+    norms = ragged_norms_of(gradients, sizes=RAGGED, micro_batch_size=4, block_counts=(3,) * 4, dataset_size=200)
+
+    moments = noise_moments(norms)
+
+    expected = ragged_trace_and_sq_norm(ragged_means(gradients, RAGGED), RAGGED, 200)
+    np.testing.assert_allclose((moments.trace, moments.sq_norm), expected, rtol=1e-10)
+    assert fit_snapshot(norms).noise_scale.n == sum(RAGGED)
+
+
+def test_equal_sizes_said_one_by_one_change_nothing():
+    gradients = gaussian_gradients(np.random.default_rng(8), samples=M * 12, noise_scale=20.0, dimension=7)
+    said = ragged_norms_of(gradients, sizes=(M,) * 12, micro_batch_size=M, block_counts=(3,) * 4)
+    unsaid = norms_of(gradients, micro_batch_size=M, block_counts=(3,) * 4)
+
+    assert fit_snapshot(said) == fit_snapshot(unsaid)
+
+
+def test_unequal_micro_batches_of_a_small_population_are_unbiased():
+    rng = np.random.default_rng(12)
+    population = gaussian_gradients(rng, samples=64, noise_scale=30.0, dimension=6)
+    truth = np.array([population.var(axis=0, ddof=1).sum(), (population.mean(axis=0) ** 2).sum()])
+    draws = []
+    for _ in range(1500):
+        sample = population[rng.permutation(64)[: sum(RAGGED)]]
+        moments = noise_moments(ragged_norms_of(sample, sizes=RAGGED, micro_batch_size=4, block_counts=(3,) * 4, dataset_size=64))
+        draws.append((moments.trace, moments.sq_norm))
+    error = np.mean(draws, axis=0) - truth
+    standard_error = np.std(draws, axis=0) / np.sqrt(len(draws))
+
+    assert (np.abs(error) < 4 * standard_error).all()
+    # Taking every micro-batch for one of 4 samples would raise S by half; leaving the population out would shift G by S / D.
+    assert 4 * standard_error[0] < 0.5 * truth[0]
+    assert 4 * standard_error[1] < 0.5 * truth[0] / 64
+
+
+def test_unequal_micro_batches_give_intervals_that_cover():
+    rng, covered = np.random.default_rng(13), 0
+    for _ in range(1500):
+        gradients = gaussian_gradients(rng, samples=3 * sum(RAGGED), noise_scale=50.0, dimension=40)
+        norms = ragged_norms_of(gradients, sizes=RAGGED * 3, micro_batch_size=4, block_counts=(3,) * 12)
+        estimate = fit_snapshot(norms).noise_scale
+        covered += estimate.low is not None and estimate.low <= 50.0 and (estimate.high is None or estimate.high >= 50.0)
+
+    assert 0.93 <= covered / 1500 <= 0.97
 
 
 def test_fieller_intervals_cover_the_planted_noise_scale():

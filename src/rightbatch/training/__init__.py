@@ -1,0 +1,1 @@
+"""Use: what runs inside a user's own training."""
