@@ -12,7 +12,7 @@ from rightbatch.fits.critical_batch import CALIBRATION_LOG_SD, CALIBRATION_MEDIA
 from rightbatch.fits.intervals import normal_draws
 from rightbatch.fits.samples_curve import PRIORS, CurvePrior, LrRegime, draw_curves
 from rightbatch.recommend.probing import LEAST_GAIN, Candidates, choose_probed, first_probe, next_probe
-from rightbatch.records.measurements import ProbeOutcome, TrainingProbe
+from rightbatch.records.training import ProbeOutcome, TrainingProbe
 
 DRAWS = 2048
 MOST_PROBES = 8

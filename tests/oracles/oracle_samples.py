@@ -5,7 +5,7 @@ import math
 from scipy.integrate import quad
 from scipy.stats import norm
 
-from rightbatch.records.measurements import ProbeOutcome
+from rightbatch.records.training import ProbeOutcome
 
 
 def log_samples(draws, row, size):

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 
 from rightbatch.records.estimates import BranchCurve, BranchPoint, Status, Tradeoff
-from rightbatch.records.measurements import BranchMeasurements, BranchProbe, ProbeOutcome
+from rightbatch.records.training import BranchMeasurements, BranchProbe, ProbeOutcome
 
 TARGET_SHARE = 0.85
 """The target is the loss that the first branch came to after this share of its samples: the rest of it shows that the loss stays there."""

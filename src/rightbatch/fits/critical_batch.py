@@ -8,7 +8,7 @@ import numpy as np
 from rightbatch.fits.intervals import FloatArray, log_standard_error, normal_draws
 from rightbatch.fits.samples_curve import HYPERBOLA, PRIORS, CurveDraws, draw_curves, weigh
 from rightbatch.records.estimates import Estimate, NoiseScale, Status
-from rightbatch.records.measurements import BranchMeasurements, ProbeOutcome
+from rightbatch.records.training import BranchMeasurements, ProbeOutcome
 
 CALIBRATION_MEDIAN = 1.0
 """B_crit over the run's noise scale: 0.12-0.5 for image classifiers (McCandlish et al. 2018, table 1), 0.56-4 elsewhere (theory page)."""

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from rightbatch.fits.intervals import FloatArray, normal_draws
-from rightbatch.records.measurements import ProbeOutcome, TrainingProbe
+from rightbatch.records.training import ProbeOutcome, TrainingProbe
 
 LrRegime = Literal["tuned", "coupled", "fixed"]
 """How the learning rate goes with the size: tuned at each, coupled by a rule, or the same at all."""

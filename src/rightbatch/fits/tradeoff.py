@@ -25,8 +25,9 @@ from rightbatch.records.estimates import (
     Tradeoff,
     TradeoffPoint,
 )
-from rightbatch.records.measurements import BranchMeasurements, WorkloadSummary
+from rightbatch.records.measurements import WorkloadSummary
 from rightbatch.records.plan import Constraints, Goal, Objective
+from rightbatch.records.training import BranchMeasurements
 
 N_DRAWS = 2048
 UNREPEATED_LOG_SD = 0.05

@@ -12,7 +12,7 @@ import torch
 
 from rightbatch.engine.rig import Rig, seed_everything, shuffled_epochs
 from rightbatch.engine.step import Trainee, loss_sum, train_step
-from rightbatch.records.measurements import BranchMeasurements, BranchPlan, BranchProbe, ProbeOutcome, TrainingProbe
+from rightbatch.records.training import BranchMeasurements, BranchPlan, BranchProbe, ProbeOutcome, TrainingProbe
 
 EVALUATIONS = 16
 """Losses along the first branch; the others are evaluated after the same numbers of samples."""

@@ -10,8 +10,9 @@ from rightbatch.fits.tradeoff import CostDraws, draw_costs, relative_to_best, su
 from rightbatch.recommend.advice import Context, advise
 from rightbatch.recommend.choice import binding_constraint, choose, equivalents, relative_time
 from rightbatch.records.estimates import LoaderCurve, MemoryCurve, NoiseScale, Status, StepTimeCurve, Tradeoff
-from rightbatch.records.measurements import BranchMeasurements, WorkloadSummary
+from rightbatch.records.measurements import WorkloadSummary
 from rightbatch.records.plan import BatchPlan, Comparison, Constraints, LrCoupling, Objective, Recommendation, Sensitivity
+from rightbatch.records.training import BranchMeasurements
 
 WIDEST_FACTOR = 10.0
 """No point is called an answer when the 90 % interval of the critical batch size spans more than this factor on a side."""

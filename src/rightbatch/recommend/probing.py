@@ -9,7 +9,7 @@ import numpy as np
 
 from rightbatch.fits.intervals import FloatArray
 from rightbatch.fits.samples_curve import CurveDraws, CurvePosterior, weigh
-from rightbatch.records.measurements import ProbeOutcome, TrainingProbe
+from rightbatch.records.training import ProbeOutcome, TrainingProbe
 
 LARGEST_COST = 4.0
 """No size counts as more than this many times the best: whoever trains there notices."""

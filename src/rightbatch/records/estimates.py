@@ -5,8 +5,9 @@ from typing import Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from rightbatch.records.measurements import MemoryLimit, MemoryPoint, Outcome, ProbeOutcome
+from rightbatch.records.measurements import MemoryLimit, MemoryPoint, Outcome
 from rightbatch.records.record import Record
+from rightbatch.records.training import ProbeOutcome
 
 
 class Status(StrEnum):

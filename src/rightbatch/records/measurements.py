@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from rightbatch.records.record import Record
+from rightbatch.records.training import BranchMeasurements
 
 
 class Outcome(StrEnum):
@@ -270,69 +271,6 @@ class GradientNoiseMeasurements(Record):
     batch_norm: bool
     """Whether normalisation couples the samples of a micro-batch, so that the estimate is for that ghost batch."""
     problem: NoiseProblem | None = None
-    remark: str = ""
-
-
-class ProbeOutcome(StrEnum):
-    """How one training probe ended."""
-
-    REACHED = "reached"
-    """It reached the target."""
-    STOPPED = "stopped"
-    """It was stopped before the target, because it could not win any more."""
-    FAILED = "failed"
-    """It diverged, or ended without the target after all the samples that it could have had."""
-
-
-class TrainingProbe(Record):
-    """One training run at one global batch size, towards a target that all probes share."""
-
-    global_batch_size: PositiveInt
-    lr: PositiveFloat | None = None
-    seed: int = 0
-    outcome: ProbeOutcome
-    samples: PositiveFloat
-    """Samples to the target when it was reached; samples that were trained on without reaching it otherwise."""
-
-
-class BranchPlan(Record):
-    """How to train one branch."""
-
-    micro_batch_size: PositiveInt
-    accumulation_steps: PositiveInt
-    lr_factor: PositiveFloat
-    """Learning rate over the workload's own."""
-    most_samples: PositiveInt
-    """Where to stop without the target."""
-
-    @property
-    def global_batch_size(self) -> int:
-        """Samples of one step."""
-        return self.micro_batch_size * self.accumulation_steps
-
-
-class BranchProbe(Record):
-    """One branch: training from the common checkpoint at one size, with the learning rate coupled to it."""
-
-    micro_batch_size: PositiveInt
-    accumulation_steps: PositiveInt
-    result: TrainingProbe
-    """Its target is the loss that the first branch came to near its end."""
-    losses: tuple[tuple[PositiveInt, float], ...]
-    """(samples since the checkpoint, loss on the same held-out samples)."""
-
-
-class BranchMeasurements(Record):
-    """Training probes from one checkpoint, on the same samples in the same order."""
-
-    checkpoint_samples: NonNegativeInt
-    """Samples trained on before the branches part."""
-    checkpoint_batch_size: PositiveInt
-    evaluated_samples: NonNegativeInt
-    """Held-out samples on which the loss is evaluated."""
-    target_loss: float | None
-    """None when no branch could be trained."""
-    probes: tuple[BranchProbe, ...]
     remark: str = ""
 
 

@@ -28,7 +28,6 @@ from rightbatch.records.document import (
 )
 from rightbatch.records.environment import Environment
 from rightbatch.records.measurements import (
-    BranchMeasurements,
     GradientNoiseMeasurements,
     LoaderMeasurements,
     Measurements,
@@ -38,6 +37,7 @@ from rightbatch.records.measurements import (
 )
 from rightbatch.records.plan import Constraints, Findings, Objective
 from rightbatch.records.record import SCHEMA_VERSION, Record
+from rightbatch.records.training import BranchMeasurements
 
 MANIFEST_FILE = "run.json"
 FINDINGS_FILE = "findings.json"

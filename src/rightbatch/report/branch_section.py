@@ -1,8 +1,8 @@
 """The check by training, in words: what every branch needed to the common loss."""
 
 from rightbatch.records.estimates import BranchCurve, BranchPoint
-from rightbatch.records.measurements import ProbeOutcome
 from rightbatch.records.plan import Findings
+from rightbatch.records.training import ProbeOutcome
 from rightbatch.report.document import Section, Table
 from rightbatch.report.phrases import number, plain
 

@@ -14,7 +14,6 @@ from rightbatch.fits import step_time as step_time_fit
 from rightbatch.probes import branch, gradient_noise, loader, memory, step_time
 from rightbatch.records.environment import Environment
 from rightbatch.records.measurements import (
-    BranchMeasurements,
     GradientNoiseMeasurements,
     LoaderMeasurements,
     MemoryMeasurements,
@@ -24,6 +23,7 @@ from rightbatch.records.measurements import (
     WorkloadSummary,
 )
 from rightbatch.records.plan import Findings, Goal
+from rightbatch.records.training import BranchMeasurements
 from rightbatch.tuner.memory_search import MemorySearch, words
 from rightbatch.tuner.request import Part, Progress, Request
 from rightbatch.tuner.verifying import no_branches, plan_verification

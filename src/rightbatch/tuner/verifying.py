@@ -11,8 +11,8 @@ from rightbatch.fits.critical_batch import branch_curves, critical_belief
 from rightbatch.fits.lr_scaling import couple_lr
 from rightbatch.fits.tradeoff import N_DRAWS
 from rightbatch.recommend.probing import Candidates, next_probe
-from rightbatch.records.measurements import BranchMeasurements, BranchPlan, BranchProbe, ProbeOutcome, TrainingProbe
 from rightbatch.records.plan import Findings
+from rightbatch.records.training import BranchMeasurements, BranchPlan, BranchProbe, ProbeOutcome, TrainingProbe
 
 FIRST_SHARE = 0.2
 """Share of the budget for the first branch, and as much for the checkpoint before it: leaves time for two or three more branches."""

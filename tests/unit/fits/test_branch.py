@@ -5,7 +5,7 @@ import pytest
 
 from rightbatch.fits.branch import fit_branches, has_stalled, judged, monotone, samples_to_loss, target_loss
 from rightbatch.records.estimates import Status
-from rightbatch.records.measurements import BranchMeasurements, BranchProbe, ProbeOutcome, TrainingProbe
+from rightbatch.records.training import BranchMeasurements, BranchProbe, ProbeOutcome, TrainingProbe
 
 
 def falling(rate=1.0, *, points=16, interval=100, noise=0.0, seed=0, floor=0.0):

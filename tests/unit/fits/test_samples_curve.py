@@ -6,7 +6,7 @@ import pytest
 
 from oracles import oracle_samples
 from rightbatch.fits.samples_curve import PRIORS, draw_curves, log_probability_above, weigh
-from rightbatch.records.measurements import ProbeOutcome, TrainingProbe
+from rightbatch.records.training import ProbeOutcome, TrainingProbe
 
 SIZES = (16, 64, 256, 1024)
 BROAD = replace(PRIORS["fixed"], run_log_sd=0.2)

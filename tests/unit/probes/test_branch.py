@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from cases import rig_of, sgd, vectors
 from rightbatch.probes import branch
-from rightbatch.records.measurements import BranchPlan, ProbeOutcome
+from rightbatch.records.training import BranchPlan, ProbeOutcome
 from rightbatch.workload.ingredients import Workload
 
 

@@ -5,7 +5,7 @@ import numpy as np
 
 from rightbatch.fits.samples_curve import PRIORS, draw_curves
 from rightbatch.recommend.probing import LARGEST_COST, Candidates, choose_probed, first_probe, next_probe
-from rightbatch.records.measurements import ProbeOutcome, TrainingProbe
+from rightbatch.records.training import ProbeOutcome, TrainingProbe
 
 SIZES = np.array([16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0])
 HALF = 100.0

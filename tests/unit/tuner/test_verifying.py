@@ -8,8 +8,8 @@ from rightbatch.fits.step_time import fit_step_time
 from rightbatch.fits.tradeoff import fit_tradeoff
 from rightbatch.recommend.decision import recommend
 from rightbatch.records.estimates import Estimate, NoiseScale, NoiseSnapshot, Status
-from rightbatch.records.measurements import BranchMeasurements, BranchProbe, ProbeOutcome, TrainingProbe
 from rightbatch.records.plan import Constraints, Findings, Objective
+from rightbatch.records.training import BranchMeasurements, BranchProbe, ProbeOutcome, TrainingProbe
 from rightbatch.tuner.verifying import BRANCH_EPOCHS, MOST_BRANCHES, plan_verification
 
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
