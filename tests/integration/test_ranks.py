@@ -107,7 +107,7 @@ def together(folder: Path, **options: object) -> Ended:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "program.py", words]
     with subprocess.Popen(command, cwd=folder, env=_environment(), stderr=subprocess.PIPE, text=True) as launcher:
         try:
-            _, err = launcher.communicate(timeout=60)
+            _, err = launcher.communicate(timeout=150)  # a hang, even on a machine with much else to do
         finally:
             launcher.terminate()  # ends its ranks; killed, it would leave them behind
     found = {rank: folder / f"found-{rank}.json" for rank in range(2)}

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 WAIT_S = 600.0
 """A rank is waited for so long: another may be in a long probe."""
-_FAREWELL_S = 10.0
-"""After a failure the ranks wait so long for one another: a launcher ends them all as soon as one of them exits."""
+_FAREWELL_S = 30.0
+"""After a failure the ranks wait so long for one another: a launcher ends them all as soon as one of them exits, and one that loads its
+workload or runs a probe hears of the failure only after it."""
 _POLL_S = 0.05
 _PIECE_BYTES = 2**20
 """Stores refuse values of more than a few MiB."""
