@@ -62,6 +62,9 @@ class Host(Protocol):
     def call(self, probe: Callable[Concatenate[Rig, P], T], *args: P.args, **kwargs: P.kwargs) -> Completed[T] | OutOfMemory | Killed:
         """Run a probe; errors of ours and of the user's code are raised here as they were there."""
 
+    def renew(self) -> None:
+        """Run the next probe in a fresh process, where probes have one of their own."""
+
     def close(self) -> None:
         """End what was started."""
 
@@ -87,6 +90,9 @@ class InProcessHost:
         with preserved_process_state():
             _restore_process_state(self._state)
             return _attempt(probe, self._rig, args, kwargs)
+
+    def renew(self) -> None:
+        """Do nothing: this process cannot be replaced."""
 
     def close(self) -> None:
         """Drop the rig."""
@@ -188,6 +194,10 @@ class ChildHost:
             return Killed(signal.Signals(-code).name)
         self.close()
         raise IsolationError(f"the child process must answer; it exited with status {code}; its last words are above.")
+
+    def renew(self) -> None:
+        """End the child; the next probe starts another."""
+        self.close()
 
     def close(self) -> None:
         """End the child and every process it started."""

@@ -139,22 +139,31 @@ def _run_layers(layers: tuple[nn.Module, ...], hidden: Tensor) -> Tensor:
 def _trace(rig: Rig, run: Callable[[Trainee, Batch, Mark], None]) -> MemoryTrace:
     shares = _Shares()
     logs: list[AllocationLog] = []
+    used_bytes: list[int] = []
     table: AllocationTable | None = None
     found: tuple[LiveMoment, ...] = ()
     remark = ""
+    rig.typical_batch(1)  # the samples that batches are made of stay, and count for no recording
+
+    def add(size: int) -> None:
+        rig.meters.memory.start()
+        logs.append(_record(rig, size, shares, run))
+        used_bytes.append(rig.meters.memory.peak_bytes())
+
     try:
         for size in _TRACED_SIZES:
-            logs.append(_record(rig, size, shares, run))
+            add(size)
             if len(logs) >= _LEAST_RECORDINGS and not needs_another_size(logs):
                 break
         if len(logs) == len(_TRACED_SIZES) and needs_a_large_size(logs):
-            logs.append(_record(rig, _LARGE_TRACED_SIZE, shares, run))
+            add(_LARGE_TRACED_SIZE)
         table, remark = join(logs)
         found = moments(table)
     except UnmatchedLogsError as error:
         remark = f"The trace was given up: {error}; the ceiling is searched for by measuring alone."
     return MemoryTrace(
         batch_sizes=tuple(log.batch_size for log in logs),
+        used_bytes=() if rig.device.type == "meta" else tuple(used_bytes),
         recorded_on=_recorded_on(rig) if found else "none",
         event_count=shares.event_count,
         moments=found,
