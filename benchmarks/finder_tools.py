@@ -280,18 +280,24 @@ def _value(outcome: Any) -> Any:
 
 
 def run_truth(task: Task) -> dict[str, object]:
-    """Bisect for the largest size that runs.
+    """Return the largest size up to which all run, to one in a hundred.
 
-    Resident memory is measured here, after a first step has loaded the code of the kernels. Within a limit on address space each size runs
-    in a fork of this process, which has loaded everything and run nothing: as a user's own training begins.
+    Resident memory is measured here, after a first step has loaded the code of the kernels, and bisected. Within a limit on address space
+    each size runs in a fork of this process, which has loaded everything and run nothing: as a user's own training begins. There a size may
+    fail and a larger one run, once its tensors are large enough to be mapped one by one; so sizes ascend by a sixteenth until one fails.
     """
     rig = _real_rig(replace(task, limit="none"))
-    if task.limit == "resident":
+    is_resident = task.limit == "resident"
+    if is_resident:
         memory.attempt(rig, 2, "touch", traced_bytes=0, limit_bytes=2**62)
-    fits = partial(_fits_resident if task.limit == "resident" else _runs_in_a_fork, rig, task.value)
-    low, high = 0, FIRST_TRUTH
+    fits = partial(_fits_resident if is_resident else _runs_in_a_fork, rig, task.value)
+    high = FIRST_TRUTH
     while fits(high):
-        low, high = high, 2 * high
+        high *= 2
+    low = 0 if is_resident else high // 4
+    while not is_resident and fits(step := low + low // 16):
+        low = step
+    high = high if is_resident else step
     while high - low > max(1, TRUTH_RESOLUTION * low):
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
