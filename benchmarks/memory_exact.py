@@ -10,8 +10,6 @@ samples and random numbers are others has no law of the size: it is counted apar
 
 import argparse
 import contextlib
-import importlib.util
-import inspect
 import io
 import json
 import platform
@@ -23,7 +21,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from types import ModuleType
 
 import psutil
 import torch
@@ -39,6 +36,7 @@ from rightbatch.probes import memory
 from rightbatch.probes.absent_device import record_without_memory
 from rightbatch.records.measurements import MemoryTrace
 from rightbatch.workload.ingredients import tensors_of
+from workload_files import workloads_of
 
 ARCHITECTURES = (Path(__file__).with_name("architectures.py"), Path(__file__).with_name("hard_architectures.py"))
 SIZES = (1, 4, 7, 32, 100, 256, 1024)
@@ -75,28 +73,6 @@ class Row:
     def silently_off(self, trace: MemoryTrace) -> int:
         """Sizes at which a trace that claims to be exact is not."""
         return sum(off != 0 for off in self.bytes_off(trace).values()) if trace.consistent else 0
-
-
-def workloads_of(path: Path) -> tuple[dict[str, rb.Workload], ModuleType]:
-    """Call every public function of a file that needs no argument, and keep the workloads."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        sys.exit(f"--workloads must name a Python file; got {path}.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    functions = inspect.getmembers(module, lambda value: inspect.isfunction(value) and value.__module__ == path.stem)
-    functions.sort(key=lambda pair: pair[1].__code__.co_firstlineno)
-    made = {name: function() for name, function in functions if not name.startswith("_") and _needs_nothing(function)}
-    workloads = {name: value for name, value in made.items() if isinstance(value, rb.Workload)}
-    if not workloads:
-        sys.exit(f"{path} must hold functions that return a rightbatch.Workload when called without arguments; it holds none.")
-    return workloads, module
-
-
-def _needs_nothing(function: object) -> bool:
-    parameters = inspect.signature(function).parameters.values()  # type: ignore[arg-type]
-    return all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
 
 
 def recorded_peak_bytes(log: AllocationLog) -> int:

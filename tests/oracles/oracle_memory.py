@@ -17,6 +17,11 @@ def trace_of(*moments, consistent=True, recorded_on="device"):
     )
 
 
+def recorded(trace, used, sizes=(2, 3, 5)):
+    """The same trace, with what a device used while it was recorded."""
+    return trace.model_copy(update={"batch_sizes": sizes, "used_bytes": tuple(used(size) for size in sizes), "warm_up_size": sizes[0]})
+
+
 def peak_of(trace, size):
     peak = 0
     for moment in trace.moments:

@@ -43,6 +43,9 @@ class InProcessHost:
             restore_process_state(self._state)
             return attempt(probe, self._rig, args, kwargs)
 
+    def renew(self) -> None:
+        """Do nothing: this process cannot be replaced."""
+
     def close(self) -> None:
         """Drop the rig."""
         gc.collect()

@@ -60,6 +60,9 @@ class Host(Protocol):
     def call(self, probe: Callable[Concatenate["Rig", P], T], *args: P.args, **kwargs: P.kwargs) -> Completed[T] | OutOfMemory | Killed:
         """Run a probe; errors of ours and of the user's code are raised here as they were there."""
 
+    def renew(self) -> None:
+        """Run the next probe in a fresh process, where probes have one of their own."""
+
     def close(self) -> None:
         """End what was started."""
 
@@ -160,6 +163,10 @@ class ChildHost:
                 "which is no lack of memory; where it was is shown above."
             )
         raise IsolationError(f"the child process must answer; it exited with status {code}; its last words are above.")
+
+    def renew(self) -> None:
+        """End the child; the next probe starts another."""
+        self.close()
 
     def close(self) -> None:
         """End the child and every process it started."""

@@ -11,21 +11,33 @@ from rightbatch.units import MIB
 _HEADROOM_FRACTION = 0.1
 _LEAST_HEADROOM_BYTES = 256 * MIB
 _UNLIMITED = 2**60
+_OWN_LIMITS = ("RLIMIT_AS", "RLIMIT_DATA")
 
 
 def cpu_memory_limit(requested_bytes: int | None = None) -> MemoryLimit:
     """Return the bytes that this process may still add: the least of the request and of every limit in force.
 
-    A tenth of what is free, and 256 MiB at least, stays free as headroom; a smaller ``requested_bytes`` is taken as it is.
+    A tenth of what is free, and 256 MiB at least, stays free as headroom for others; nothing of a limit on this process alone, and a
+    smaller ``requested_bytes`` is taken as it is.
 
     Args:
         requested_bytes: The user's own limit for what training adds, in bytes.
     """
-    source, free = min(free_memory_bytes().items(), key=lambda item: item[1])
-    headroom = min(free, max(int(free * _HEADROOM_FRACTION), _LEAST_HEADROOM_BYTES))
+    source, free = _binding_limit()
+    is_own = source in _OWN_LIMITS
+    headroom = 0 if is_own else min(free, max(int(free * _HEADROOM_FRACTION), _LEAST_HEADROOM_BYTES))
     if requested_bytes is not None and requested_bytes <= free - headroom:
-        return MemoryLimit(limit_bytes=requested_bytes, source="--limit")
-    return MemoryLimit(limit_bytes=free - headroom, source=source, headroom_bytes=headroom)
+        return MemoryLimit(limit_bytes=requested_bytes, source="--limit", once_a_process=is_own)
+    return MemoryLimit(limit_bytes=free - headroom, source=source, headroom_bytes=headroom, once_a_process=is_own)
+
+
+def address_space_binds() -> bool:
+    """Whether the tightest limit is one on this process's address space or private memory, which counts bytes that are not resident too."""
+    return _binding_limit()[0] in _OWN_LIMITS
+
+
+def _binding_limit() -> tuple[str, int]:
+    return min(free_memory_bytes().items(), key=lambda item: item[1])
 
 
 def free_memory_bytes(*, proc: Path = Path("/proc"), cgroup_root: Path = Path("/sys/fs/cgroup")) -> dict[str, int]:

@@ -1,9 +1,7 @@
 """Clocks and memory meters: the only place that synchronises a device and reads its counters."""
 
 import contextlib
-import ctypes
 import gc
-import os
 import resource
 import sys
 import time
@@ -15,13 +13,14 @@ from typing import Protocol, runtime_checkable
 import psutil
 import torch
 
-from rightbatch.engine.memory_limits import cpu_memory_limit
+from rightbatch.engine.address_space import AddressSpaceMeter
+from rightbatch.engine.malloc import malloc_trim, malloc_words
+from rightbatch.engine.memory_limits import address_space_binds, cpu_memory_limit
 from rightbatch.engine.nvml import nvml_energy_meter, other_gpu_processes
 from rightbatch.records.measurements import Contention, MemoryLimit
 
 _PEAK_RESET = "5"
 _BUSY_CORES = 0.5
-_MALLOC_VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX", "LD_PRELOAD")
 
 
 @runtime_checkable
@@ -85,7 +84,8 @@ def meters_for(device: torch.device) -> Meters:
             contention=lambda: measure_contention(device),
         )
     wait = torch.mps.synchronize if device.type == "mps" else None
-    return Meters(clock=DeviceClock(wait), memory=CpuMemoryMeter(), energy=None, contention=measure_contention)
+    memory = AddressSpaceMeter() if address_space_binds() else CpuMemoryMeter()
+    return Meters(clock=DeviceClock(wait), memory=memory, energy=None, contention=measure_contention)
 
 
 class DeviceClock:
@@ -116,15 +116,12 @@ class CpuMemoryMeter:
         self._proc = proc
         self._baseline_bytes = 0
         self._resettable = self._reset()
-        self._trim = _malloc_trim()
+        self._trim = malloc_trim()
 
     @property
     def description(self) -> str:
         """What is measured, and in which allocator mode."""
-        settings = [f"{name}={os.environ[name]}" for name in _MALLOC_VARIABLES if name in os.environ]
-        mode = ", ".join(settings) or "default settings"
-        allocator = f"glibc malloc, {mode}, trimmed before each probe" if self._trim else "system malloc"
-        return f"cpu, {allocator}; peak resident set {'of each probe' if self._resettable else 'of the whole process'}"
+        return f"cpu, {malloc_words()}; peak resident set {'of each probe' if self._resettable else 'of the whole process'}"
 
     def start(self) -> None:
         """Collect garbage, hand free memory back to the system, and reset the high-water mark."""
@@ -155,14 +152,6 @@ class CpuMemoryMeter:
         except OSError:
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
-
-
-def _malloc_trim() -> Callable[[int], int] | None:
-    try:
-        trim: Callable[[int], int] = ctypes.CDLL("libc.so.6").malloc_trim
-    except (OSError, AttributeError):
-        return None
-    return trim
 
 
 class CudaMemoryMeter:

@@ -86,7 +86,7 @@ def live_at_peak(table: AllocationTable, micro_batch_size: int) -> dict[int, int
 
 
 def calibrate(trace: MemoryTrace, points: Sequence[MemoryPoint]) -> Calibration:
-    """Fit used = scale * trace(b) + offset to the attempts whose use was measured.
+    """Fit used = scale * trace(b) + offset to the recordings and attempts whose use was measured.
 
     One size: scale 1. Two or more: least squares with weights trace(b)**2, so that the sizes nearest to the limit count most; exact
     when the sizes are exactly affine in the trace. A fitted scale outside ``SANE_SCALES``, or a line below zero at one sample, is
@@ -99,10 +99,10 @@ def calibrate(trace: MemoryTrace, points: Sequence[MemoryPoint]) -> Calibration:
     Returns:
         The line; scale 1, offset 0, error 0 without any measured size.
     """
-    measured = [(regressor(trace, p.micro_batch_size), p.used_bytes) for p in points if p.used_bytes is not None]
+    measured = readings(trace, points)
     if not measured:
         return Calibration(1.0, 0.0, 0.0)
-    x = np.array([traced for traced, _ in measured], dtype=np.float64)
+    x = np.array([regressor(trace, size) for size, _ in measured], dtype=np.float64)
     used = np.array([bytes_ for _, bytes_ in measured], dtype=np.float64)
     weight = np.maximum(x, 1.0) ** 2
     weight /= weight.sum()
@@ -115,6 +115,19 @@ def calibrate(trace: MemoryTrace, points: Sequence[MemoryPoint]) -> Calibration:
     offset = used_mean - scale * x_mean
     error = float(np.max(np.abs(scale * x + offset - used)) / max(float(used.max()), 1.0))
     return Calibration(scale, offset, error)
+
+
+def readings(trace: MemoryTrace, points: Sequence[MemoryPoint]) -> list[tuple[int, int]]:
+    """Return sizes and their measured use: of the attempts, and beside one at least of the recordings, by ascending size."""
+    attempted = [(p.micro_batch_size, p.used_bytes) for p in points if p.used_bytes is not None]
+    return sorted([*recorded_use(trace), *attempted]) if attempted else []
+
+
+def recorded_use(trace: MemoryTrace) -> list[tuple[int, int]]:
+    """Return sizes and measured use of the recordings; without the first one, during which a process loads the code of its kernels."""
+    if not trace.moments or not trace.used_bytes:
+        return []
+    return [(size, used) for size, used in zip(trace.batch_sizes, trace.used_bytes, strict=True) if size != trace.warm_up_size]
 
 
 def regressor(trace: MemoryTrace, micro_batch_size: int) -> int:

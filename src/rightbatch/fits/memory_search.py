@@ -1,28 +1,41 @@
 """Which size to try next on the way to the memory ceiling: touch, approach, prove."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 
-from rightbatch.fits.memory import SANE_SCALES, Calibration, calibrate, largest_that, regressor, traced_peak_bytes
+from rightbatch.fits.memory import (
+    SANE_SCALES,
+    Calibration,
+    calibrate,
+    largest_that,
+    readings,
+    recorded_use,
+    regressor,
+    traced_peak_bytes,
+)
 from rightbatch.records.measurements import MemoryPoint, MemoryTrace, Outcome
 from rightbatch.units import MIB
 
-MAX_ATTEMPTS = 6
+MAX_ATTEMPTS = 5
 """Sizes that are tried in all, touches included, the proof apart."""
 LARGEST_GROWTH = 8
 """No attempt is larger than this many times the largest size that ran."""
-_FIRST_TOUCH_BYTES = 64 * MIB
+_VISIBLE_BYTES = 64 * MIB
+"""Traced growth that stands out from the granularity of a resident set."""
 _ERROR_OF_ONE_POINT = 0.1
 _LARGEST_MARGIN = 0.25
-_SMALLEST_NOISY_MARGIN = 0.01
-_MARGIN_PER_ERROR = 1.0
+_OWN_ERROR = 0.02
+"""Added in quadrature to what two readings differ by: noisy ones can agree by chance."""
 _DETERMINISTIC_ERROR = 1e-6
 
 
 def touch_sizes(trace: MemoryTrace, limit_bytes: int, largest_allowed: int) -> tuple[int, ...]:
-    """One or two small sizes to run first, large enough to be seen above the granularity of a resident set.
+    """One or two small sizes to run first.
 
-    The first adds about 64 MiB to what the step holds at no samples at all, but traces to no more than an eighth of the limit. The second
-    is an eighth of the size that traces to the limit, so that one jump of the allowed growth reaches the ceiling from there.
+    Where use was measured while recording, one size is enough: the largest that fits even if the device needs as many times the traced
+    growth as is sane at all. Otherwise two, large enough to be seen above the granularity of a resident set: the first adds about 64 MiB to
+    what the step holds at no samples at all, but traces to no more than an eighth of the limit; the second is an eighth of the size that
+    traces to the limit, so that one jump of the allowed growth reaches the ceiling from there.
 
     Args:
         trace: Allocations of a step.
@@ -38,13 +51,17 @@ def touch_sizes(trace: MemoryTrace, limit_bytes: int, largest_allowed: int) -> t
     smallest = 2 if largest_allowed >= 2 and traced_peak_bytes(trace, 2) <= limit_bytes else 1
     if not trace.moments:
         return tuple(sorted({smallest, min(2 * smallest, largest_allowed)}))
+    recorded = recorded_use(trace)
+    if recorded:
+        steepest = _steepest_use(trace, *recorded[-1])
+        return (largest_that(lambda b: max(steepest(b), traced_peak_bytes(trace, b)) <= limit_bytes, smallest, largest_allowed),)
 
     def within(target_bytes: int) -> int:
         return largest_that(lambda b: traced_peak_bytes(trace, b) <= target_bytes, smallest, largest_allowed)
 
     fixed = traced_peak_bytes(trace, 0)
-    seen = within(min(fixed + _FIRST_TOUCH_BYTES, limit_bytes // 8))
-    wanted = max(within(fixed + 2 * _FIRST_TOUCH_BYTES), -(-within(limit_bytes) // LARGEST_GROWTH))
+    seen = within(min(fixed + _VISIBLE_BYTES, limit_bytes // 8))
+    wanted = max(within(fixed + 2 * _VISIBLE_BYTES), -(-within(limit_bytes) // LARGEST_GROWTH))
     sizes = {seen, max(smallest, min(wanted, within(limit_bytes // 2)))}
     touched = min(sizes)
     if len(sizes) == 1 and touched < largest_allowed:  # one point calibrates nothing
@@ -58,7 +75,7 @@ def touch_is_safe(trace: MemoryTrace, limit_bytes: int, points: Sequence[MemoryP
     ran = [p for p in points if p.outcome is Outcome.RAN]
     if not ran or not trace.moments:
         return len(ran) == len(points)
-    return len(ran) == len(points) and _pessimistic_use(trace, points[:1], ran[0])(size) <= limit_bytes
+    return len(ran) == len(points) and _steepest_use(trace, ran[0].micro_batch_size, ran[0].used_bytes or 0)(size) <= limit_bytes
 
 
 def next_attempt(
@@ -96,8 +113,9 @@ def next_attempt(
     margin = _margin(trace, points)
     needed = _pessimistic_use(trace, points, largest)
     candidate = largest_that(lambda b: needed(b) + margin * max(needed(b), 0) <= limit_bytes, size, max(cap, size))
-    if candidate <= size and len(ran) <= 2 and margin > 0:
-        bare = largest_that(lambda b: needed(b) <= limit_bytes, size, max(cap, size))
+    if candidate <= size and len(ran) <= 2 and not _is_exact(trace, points):
+        line = calibrate(trace, points)
+        bare = largest_that(lambda b: line.used_bytes(regressor(trace, b)) <= limit_bytes, size, max(cap, size))
         candidate = _midpoint(trace, size, bare)
     resolution = max(0.01, margin / 2) if failed is not None or margin > 0 else 0.0
     return None if candidate <= (1 + resolution) * size else candidate
@@ -118,13 +136,15 @@ def _first_attempt(trace: MemoryTrace, limit_bytes: int, cap: int, failed: int |
 def _pessimistic_use(trace: MemoryTrace, points: Sequence[MemoryPoint], largest: MemoryPoint) -> Callable[[int], int]:
     """The larger of the calibrated line, the line of the same slope through the largest size that ran, and one that grows as the trace.
 
-    A single measured size tells no slope: then the steepest sane one is assumed, so that the second size is safe whatever the truth.
+    A line that fits every reading exactly is taken as it is.
+    Before anything tells a slope the steepest sane one is assumed, so that the next size is safe whatever the truth.
     """
+    used, traced = largest.used_bytes or 0, regressor(trace, largest.micro_batch_size)
+    if not _tells_a_slope(trace, points):
+        return _steepest_use(trace, largest.micro_batch_size, used)
     calibration = calibrate(trace, points)
-    traced = regressor(trace, largest.micro_batch_size)
-    if trace.moments and sum(p.used_bytes is not None for p in points) == 1:
-        return lambda b: round((largest.used_bytes or 0) + SANE_SCALES[1] * (regressor(trace, b) - traced))
-    used = largest.used_bytes or 0
+    if _is_exact(trace, points):
+        return lambda b: calibration.used_bytes(regressor(trace, b))
     lift = max(used - calibration.used_bytes(traced), 0)
     slope = 1 if trace.moments else 0  # what is traced is held, so a flatter line is noise
 
@@ -135,28 +155,45 @@ def _pessimistic_use(trace: MemoryTrace, points: Sequence[MemoryPoint], largest:
     return needed
 
 
+def _steepest_use(trace: MemoryTrace, size: int, used_bytes: int) -> Callable[[int], int]:
+    traced = regressor(trace, size)
+    return lambda b: round(used_bytes + SANE_SCALES[1] * (regressor(trace, b) - traced))
+
+
+def _tells_a_slope(trace: MemoryTrace, points: Sequence[MemoryPoint]) -> bool:
+    """Whether two attempts were measured, or one that traces far above what was recorded."""
+    measured = [p for p in points if p.used_bytes is not None]
+    if len(measured) != 1 or not trace.moments or _is_exact(trace, points):
+        return True
+    recorded = recorded_use(trace)
+    return bool(recorded) and regressor(trace, measured[0].micro_batch_size) - regressor(trace, recorded[-1][0]) >= _VISIBLE_BYTES
+
+
+def _is_exact(trace: MemoryTrace, points: Sequence[MemoryPoint]) -> bool:
+    """Whether one line goes through the measured use of three sizes and more: chance does not do that, so the device follows the trace."""
+    measured = {*zip(trace.batch_sizes, trace.used_bytes, strict=False), *readings(trace, points)}
+    return len({size for size, _ in measured}) > 2 and _worst_miss(calibrate(trace, points), trace, measured) <= _DETERMINISTIC_ERROR
+
+
 def _was_measured(points: Sequence[MemoryPoint], size: int) -> bool:
     return any(point.micro_batch_size == size and point.used_bytes is not None for point in points)
 
 
 def _margin(trace: MemoryTrace, points: Sequence[MemoryPoint]) -> float:
-    """Share of the predicted use to leave free: half as much again as the calibration's own error, zero where it is exact.
+    """Share of the predicted use to leave free: for the calibration's own error, and none where it is exact.
 
     The error is how badly the smaller sizes foretold the largest, or the line misses the largest two, whichever is worse.
     """
-    measured = sorted((p for p in points if p.used_bytes is not None), key=lambda p: p.micro_batch_size)
-    if len(measured) == 1 and trace.moments:
+    if _is_exact(trace, points) or not _tells_a_slope(trace, points):
         return 0.0  # the steepest sane slope is assumed already
+    measured = sorted((p for p in points if p.used_bytes is not None), key=lambda p: p.micro_batch_size)
     if len(measured) < 2 or (len(measured) == 2 and not trace.moments):
         return _ERROR_OF_ONE_POINT
-    calibration, earlier = calibrate(trace, measured), calibrate(trace, measured[:-1])
-    misses = [_miss(earlier, trace, measured[-1]), *(_miss(calibration, trace, p) for p in measured[-2:])]
-    error = max(misses)
-    if error <= _DETERMINISTIC_ERROR:
-        return 0.0
-    return min(max(_MARGIN_PER_ERROR * error, _SMALLEST_NOISY_MARGIN), _LARGEST_MARGIN)
+    foretold = _worst_miss(calibrate(trace, measured[:-1]), trace, readings(trace, measured)[-1:])
+    error = max(foretold, _worst_miss(calibrate(trace, measured), trace, readings(trace, measured)[-2:]))
+    return min(math.hypot(error, _OWN_ERROR), _LARGEST_MARGIN)
 
 
-def _miss(calibration: Calibration, trace: MemoryTrace, point: MemoryPoint) -> float:
-    used = point.used_bytes or 0
-    return abs(calibration.used_bytes(regressor(trace, point.micro_batch_size)) - used) / max(used, 1)
+def _worst_miss(calibration: Calibration, trace: MemoryTrace, measured: Collection[tuple[int, int]]) -> float:
+    """Largest distance between measured and calibrated use, over that use."""
+    return max(abs(calibration.used_bytes(regressor(trace, size)) - used) / max(used, 1) for size, used in measured)

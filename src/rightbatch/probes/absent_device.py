@@ -52,7 +52,7 @@ def record_without_memory(rig: Rig) -> MemoryTrace:
     recorded = trace(rig if reason else meta)
     remark = f"Recorded on CPU tensors, because a recording without memory differs: {reason}." if reason else ""
     place = recorded.recorded_on if recorded.recorded_on == "none" else "cpu" if reason else "meta"
-    return recorded.model_copy(update={"recorded_on": place, "remark": f"{recorded.remark} {remark}".strip()})
+    return recorded.model_copy(update={"recorded_on": place, "used_bytes": (), "remark": f"{recorded.remark} {remark}".strip()})
 
 
 def _without_data(model: nn.Module) -> nn.Module:

@@ -135,15 +135,23 @@ def _run_layers(layers: tuple[nn.Module, ...], hidden: Tensor) -> Tensor:
 def _trace(rig: Rig, limit_bytes: int | None, run: Callable[[Trainee, Batch, Mark], None]) -> MemoryTrace:
     shares = _Shares()
     others: list[Rig] = []
+    used_bytes: dict[int, int] = {}
 
     def record_at(size: int, draw: int) -> AllocationLog:
         if draw and not others:
             others.append(rig.redrawn())
-        return _record(others[0] if draw else rig, size, shares, run)
+        chosen = others[0] if draw else rig
+        chosen.typical_batch(1)  # the samples that batches are made of stay, and count for no recording
+        rig.meters.memory.start()
+        log = _record(chosen, size, shares, run)
+        used_bytes[size] = rig.meters.memory.peak_bytes()
+        return log
 
     learned = learn(record_at, limit_bytes=limit_bytes)
     return MemoryTrace(
         batch_sizes=learned.sizes,
+        used_bytes=() if rig.device.type == "meta" else tuple(used_bytes[size] for size in learned.sizes),
+        warm_up_size=next(iter(used_bytes), None),
         recorded_on=_recorded_on(rig) if learned.moments else "none",
         event_count=shares.event_count,
         moments=learned.moments,

@@ -98,6 +98,10 @@ class MemoryTrace(Record):
 
     batch_sizes: tuple[PositiveInt, ...]
     """Micro-batch sizes that were recorded."""
+    used_bytes: tuple[NonNegativeInt, ...] = ()
+    """Measured peak use of each recording, as of an attempt; empty where nothing could be measured, as on meta tensors."""
+    warm_up_size: PositiveInt | None = None
+    """The size that was recorded first, while the process loaded the code of its kernels: its use calibrates nothing."""
     recorded_on: Literal["device", "cpu", "meta", "none"]
     """``device``: real tensors on the target device; ``none``: no trace could be recorded, the ceiling was searched for."""
     event_count: NonNegativeInt
@@ -136,6 +140,8 @@ class MemoryLimit(Record):
     """What sets it: ``--limit``, ``cgroup``, ``RLIMIT_AS``, ``MemAvailable``, ``device``."""
     headroom_bytes: NonNegativeInt = 0
     """Bytes left free on purpose, already taken off the limit."""
+    once_a_process: bool = False
+    """Whether each attempt needs a process of its own, because the high-water mark of what counts towards the limit cannot be reset."""
 
 
 class MemoryPoint(Record):

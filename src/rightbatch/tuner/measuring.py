@@ -129,6 +129,9 @@ class Measuring:
         """
         self._stage = "memory"
         limit, allocator = self._required(memory.limit, self._request.limit_bytes)
+        if limit.once_a_process:  # take the limit where the attempts start, too: in a process that has run nothing
+            self._host.renew()
+            limit, allocator = self._required(memory.limit, self._request.limit_bytes)
         search = MemorySearch(
             host=self._host,
             request=self._request,

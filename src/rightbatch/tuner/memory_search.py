@@ -25,8 +25,6 @@ from rightbatch.tuner.request import Request
 T = TypeVar("T")
 Purpose = Literal["touch", "approach", "proof"]
 
-MOST_PROOFS = 2
-"""A size that was to fail and ran becomes the ceiling; after so many the search ends without a proof."""
 _FIRST_SAMPLES = 8
 _TRACE_STEPS = 2
 _ATTEMPT_STEPS = 3.0
@@ -66,13 +64,13 @@ class MemorySearch:
         limit = limit.model_copy(update={"limit_bytes": self._agreed(limit.limit_bytes, "limit")})
         cap = self._agreed(min(self.workload.train_size, self.request.max_batch or self.workload.train_size), "largest size")
         trace, pace_s = self._trace(limit.limit_bytes)
-        points = self._touch(trace, limit.limit_bytes, cap, pace_s, end_s)
-        self._approach(points, trace, limit.limit_bytes, cap, end_s)
-        is_settled = self._next(trace, limit.limit_bytes, points, cap) is None
+        points = self._touch(trace, limit, cap, pace_s, end_s)
+        self._approach(points, trace, limit, cap, end_s)
+        is_settled = self._next(trace, limit, points, cap) is None
         largest = max((point.micro_batch_size for point in points if point.outcome is Outcome.RAN), default=0)
         has_failed = any(point.outcome is not Outcome.RAN for point in points)
         if self.request.certify and largest and largest < cap and (is_settled or has_failed):
-            self._prove(points, trace, limit.limit_bytes, cap)
+            self._prove(points, trace, limit, cap)
             largest = max(point.micro_batch_size for point in points if point.outcome is Outcome.RAN)
         return MemoryMeasurements(
             trace=trace,
@@ -91,45 +89,43 @@ class MemorySearch:
             bucket_bytes=self.bucket_bytes,
         )
 
-    def _touch(self, trace: MemoryTrace, limit_bytes: int, cap: int, pace_s: float, end_s: float) -> list[MemoryPoint]:
+    def _touch(self, trace: MemoryTrace, limit: MemoryLimit, cap: int, pace_s: float, end_s: float) -> list[MemoryPoint]:
         points: list[MemoryPoint] = []
-        touches = memory_search.touch_sizes(trace, limit_bytes, cap)
+        touches = memory_search.touch_sizes(trace, limit.limit_bytes, cap)
         for place in range(self._agreed(len(touches), "touches")):
             size = _affordable_touch(points, touches[place], pace_s, end_s - self.clock_s())
-            if not memory_search.touch_is_safe(trace, limit_bytes, points, size):
+            if not memory_search.touch_is_safe(trace, limit.limit_bytes, points, size):
                 size = 0
             size = self._agreed(size, "touch")
             if size:
-                points.append(self._attempt(size, "touch", trace, limit_bytes))
+                points.append(self._attempt(size, "touch", trace, limit))
         return points
 
-    def _approach(self, points: list[MemoryPoint], trace: MemoryTrace, limit_bytes: int, cap: int, end_s: float) -> None:
-        while self._next(trace, limit_bytes, points, cap) is not None:
+    def _approach(self, points: list[MemoryPoint], trace: MemoryTrace, limit: MemoryLimit, cap: int, end_s: float) -> None:
+        while self._next(trace, limit, points, cap) is not None:
             affordable = min(cap, _affordable(points, end_s - self.clock_s()))
-            size = self._next(trace, limit_bytes, points, affordable)
+            size = self._next(trace, limit, points, affordable)
             if size is None:
                 return
-            points.append(self._attempt(size, "approach", trace, limit_bytes))
+            points.append(self._attempt(size, "approach", trace, limit))
 
-    def _next(self, trace: MemoryTrace, limit_bytes: int, points: list[MemoryPoint], cap: int) -> int | None:
+    def _next(self, trace: MemoryTrace, limit: MemoryLimit, points: list[MemoryPoint], cap: int) -> int | None:
         """The next size that every rank would try; none when one of them has its answer."""
-        return self._agreed(memory_search.next_attempt(trace, limit_bytes, points, cap) or 0, "next size") or None
+        return self._agreed(memory_search.next_attempt(trace, limit.limit_bytes, points, cap) or 0, "next size") or None
 
-    def _prove(self, points: list[MemoryPoint], trace: MemoryTrace, limit_bytes: int, cap: int) -> None:
-        """Try one sample more than the largest that ran, which must fail."""
-        for _ in range(MOST_PROOFS):
-            size = max(point.micro_batch_size for point in points if point.outcome is Outcome.RAN) + 1
-            if size > cap or any(point.micro_batch_size == size for point in points):
-                return
-            points.append(self._attempt(size, "proof", trace, limit_bytes))
-            if points[-1].outcome is not Outcome.RAN:
-                return
+    def _prove(self, points: list[MemoryPoint], trace: MemoryTrace, limit: MemoryLimit, cap: int) -> None:
+        """Try one sample more than the largest that ran, which must fail; if it runs it is the ceiling, and nothing is proved."""
+        size = max(point.micro_batch_size for point in points if point.outcome is Outcome.RAN) + 1
+        if size <= cap and all(point.micro_batch_size != size for point in points):
+            points.append(self._attempt(size, "proof", trace, limit))
 
     def _trace(self, limit_bytes: int) -> tuple[MemoryTrace, float]:
         """Record the allocations of a step once for all ranks; also return the seconds a sample that this took, which bounds a pace."""
         start_s = self.clock_s()
         text = self.ranks.share_text(lambda: self._recorded(limit_bytes).model_dump_json(), stage="trace")
         trace = MemoryTrace.model_validate_json(text)
+        if self.ranks.world_size > 1:
+            trace = trace.model_copy(update={"used_bytes": ()})  # of another device, and without the buckets
         return trace, (self.clock_s() - start_s) / sum(_TRACE_STEPS * size for size in trace.batch_sizes or (1,))
 
     def _recorded(self, limit_bytes: int) -> MemoryTrace:
@@ -149,10 +145,12 @@ class MemorySearch:
         traced = self.host.call(partial(memory.alternatives, limit_bytes=limit_bytes))
         return traced.value if isinstance(traced, Completed) else ()
 
-    def _attempt(self, size: int, purpose: Purpose, trace: MemoryTrace, limit_bytes: int) -> MemoryPoint:
+    def _attempt(self, size: int, purpose: Purpose, trace: MemoryTrace, limit: MemoryLimit) -> MemoryPoint:
         """Try a size; on several ranks it ran only if it ran on all."""
+        if limit.once_a_process:
+            self.host.renew()
         traced_bytes = memory_fit.traced_peak_bytes(trace, size) + self.bucket_bytes
-        probe = partial(memory.attempt, traced_bytes=traced_bytes, limit_bytes=limit_bytes, ballast_bytes=self.bucket_bytes)
+        probe = partial(memory.attempt, traced_bytes=traced_bytes, limit_bytes=limit.limit_bytes, ballast_bytes=self.bucket_bytes)
         outcome = self.host.call(probe, size, purpose)
         point = outcome.value if isinstance(outcome, Completed) else _failed(size, purpose, traced_bytes, outcome)
         if self._agreed(int(point.outcome is Outcome.RAN), f"outcome at {size}") or point.outcome is not Outcome.RAN:
@@ -181,12 +179,11 @@ def words(outcome: OutOfMemory | Killed) -> str:
 def _affordable_touch(points: list[MemoryPoint], wanted: int, pace_s: float, left_s: float) -> int:
     """The touch that is wanted, or a smaller one when time is short.
 
-    Before anything ran only the recording tells a pace, and far too slow a one; if even that pace is fast enough there is nothing to
-    fear, else a handful of samples go first.
+    Before anything ran only the recording tells a pace, and far too slow a one: what it affords is safe, and so is a handful of samples.
     """
     if points:
         return max(1, min(wanted, _affordable(points, left_s)))
-    return wanted if _ATTEMPT_STEPS * pace_s * wanted <= left_s else min(wanted, _FIRST_SAMPLES)
+    return min(wanted, max(_FIRST_SAMPLES, int(left_s / (_ATTEMPT_STEPS * pace_s)))) if pace_s > 0 else wanted
 
 
 def _affordable(points: list[MemoryPoint], left_s: float) -> int:

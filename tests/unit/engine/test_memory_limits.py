@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from rightbatch.engine import memory_limits
-from rightbatch.engine.memory_limits import cpu_memory_limit, free_memory_bytes
+from rightbatch.engine.memory_limits import address_space_binds, cpu_memory_limit, free_memory_bytes
 from rightbatch.units import GIB, MIB
 
 V1_UNLIMITED = 9223372036854771712
@@ -97,6 +97,50 @@ def test_a_group_over_its_limit_has_nothing_free(plant):
     assert plant("0::/job\n", {"job/memory.max": GIB, "job/memory.current": 2 * GIB})["cgroup /job"] == 0
 
 
+def test_max_at_every_level_of_version_2_limits_nothing(plant):
+    free = plant("0::/a/b\n", {"a/b/memory.max": "max", "a/b/memory.current": GIB, "a/memory.max": "max", "memory.max": "max"})
+    assert free == {"MemAvailable": 64 * GIB}
+
+
+def test_version_1_without_a_limit_at_any_level_limits_nothing(plant):
+    files = {f"memory/{level}memory.limit_in_bytes": V1_UNLIMITED for level in ("", "a/", "a/b/")}
+    assert plant("3:memory:/a/b\n", files) == {"MemAvailable": 64 * GIB}
+
+
+def test_of_deeply_nested_groups_the_tightest_binds_wherever_it_is(plant):
+    free = plant(
+        "0::/kubepods/burstable/pod1/container\n",
+        {
+            "kubepods/memory.max": 32 * GIB,
+            "kubepods/memory.current": 20 * GIB,
+            "kubepods/burstable/memory.max": "max",
+            "kubepods/burstable/pod1/memory.max": 4 * GIB,
+            "kubepods/burstable/pod1/memory.current": 3 * GIB,
+            "kubepods/burstable/pod1/container/memory.max": 3 * GIB,
+            "kubepods/burstable/pod1/container/memory.current": GIB,
+        },
+    )
+    assert min(free, key=free.get) == "cgroup /kubepods/burstable/pod1"
+    assert sorted(free.values()) == [GIB, 2 * GIB, 12 * GIB, 64 * GIB]
+
+
+def test_a_hybrid_tree_counts_the_memory_controller_of_version_1_only_where_that_has_it(plant):
+    free = plant(
+        "4:memory:/job\n1:name=systemd:/job\n0::/job\n",
+        {"memory/job/memory.limit_in_bytes": 2 * GIB, "memory/job/memory.usage_in_bytes": GIB, "unified/job/cgroup.controllers": ""},
+    )
+    assert free == {"MemAvailable": 64 * GIB, "cgroup /job": GIB}
+
+
+def test_an_unreadable_usage_counts_as_none_and_a_senseless_limit_is_left_out(plant):
+    free = plant("0::/a/b\n", {"a/b/memory.max": GIB, "a/b/memory.current": "?", "a/memory.max": "?"})
+    assert free == {"MemAvailable": 64 * GIB, "cgroup /a/b": GIB}
+
+
+def test_groups_that_are_named_but_not_mounted_limit_nothing(plant):
+    assert plant("0::/pod/job\n4:memory:/pod/job\n", {}) == {"MemAvailable": 64 * GIB}
+
+
 def test_of_two_hierarchies_with_one_name_the_tighter_counts(plant):
     free = plant(
         "4:memory:/job\n0::/job\n",
@@ -128,9 +172,25 @@ def free(monkeypatch):
 
 
 def test_the_least_free_limit_binds_and_keeps_a_tenth_free(free):
-    free(MemAvailable=64 * GIB, RLIMIT_AS=10 * GIB)
+    free(**{"MemAvailable": 64 * GIB, "cgroup /job": 10 * GIB, "RLIMIT_AS": 20 * GIB})
     limit = cpu_memory_limit()
-    assert (limit.source, limit.limit_bytes, limit.headroom_bytes) == ("RLIMIT_AS", 9 * GIB, GIB)
+    assert (limit.source, limit.limit_bytes, limit.headroom_bytes) == ("cgroup /job", 9 * GIB, GIB)
+    assert not limit.once_a_process
+    assert not address_space_binds()
+
+
+@pytest.mark.parametrize("name", ["RLIMIT_AS", "RLIMIT_DATA"])
+def test_a_limit_on_this_process_alone_leaves_nothing_for_others_and_is_measured_once_a_process(free, name):
+    free(**{"MemAvailable": 64 * GIB, name: 10 * GIB})
+    limit = cpu_memory_limit()
+    assert (limit.source, limit.limit_bytes, limit.headroom_bytes, limit.once_a_process) == (name, 10 * GIB, 0, True)
+    assert address_space_binds()
+
+
+def test_a_request_below_a_limit_on_address_space_counts_address_space(free):
+    free(MemAvailable=64 * GIB, RLIMIT_AS=10 * GIB)
+    limit = cpu_memory_limit(GIB)
+    assert (limit.source, limit.limit_bytes, limit.once_a_process) == ("--limit", GIB, True)
 
 
 def test_the_headroom_is_at_least_256_mib(free):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from oracles.oracle_memory import attempt, ceiling_by_counting, ceiling_of, peak_of, search, trace_of
+from oracles.oracle_memory import attempt, ceiling_by_counting, ceiling_of, peak_of, recorded, search, trace_of
 from rightbatch.fits.memory import calibrate, fit_memory, peak_moment, traced_peak_bytes
 from rightbatch.fits.memory_search import MAX_ATTEMPTS, next_attempt, touch_sizes
 from rightbatch.records.estimates import Status
@@ -160,6 +160,50 @@ def test_noisy_device_stays_below_the_limit_by_the_error():
         assert ceiling_of(points) > 0.7 * ceiling_by_counting(lambda b: peak_of(TRACE, b) + 80 * MIB, 6 * GIB, 10**6)
         assert len(points) <= MAX_ATTEMPTS
     assert over <= 20
+
+
+def test_use_measured_while_recording_leaves_one_touch_and_the_ceiling():
+    def used(size):
+        return peak_of(TRACE, size) * 5 // 4 + 90 * MIB
+
+    points = search(recorded(TRACE, used), used, 6 * GIB, 10**6)
+
+    assert [p.purpose for p in points] == ["touch", "approach"]
+    assert ceiling_of(points) == ceiling_by_counting(used, 6 * GIB, 10**6)
+
+
+def test_the_first_recording_does_not_calibrate_and_none_does_without_an_attempt():
+    def used(size):
+        return peak_of(TRACE, size) + (GIB if size == 2 else 90 * MIB)
+
+    trace = recorded(TRACE, used)
+
+    assert calibrate(trace, [attempt(trace, used, 6 * GIB, 40)]).offset_bytes == pytest.approx(90 * MIB)
+    assert calibrate(trace, []).offset_bytes == 0
+
+
+def test_recordings_that_an_attempt_hardly_exceeds_tell_no_slope():
+    def used(size):
+        return peak_of(TRACE, size) + {2: 90, 3: 70, 5: 60}.get(size, 80) * MIB
+
+    trace = recorded(TRACE, used)
+    near = next_attempt(trace, 6 * GIB, [attempt(trace, used, 6 * GIB, 8)], 10**6)
+    close = next_attempt(trace, 500 * MIB, [attempt(trace, used, 500 * MIB, 8)], 10**6)
+
+    assert near == 64
+    assert used(8) + 4 * (peak_of(TRACE, close) - peak_of(TRACE, 8)) <= 500 * MIB
+
+
+def test_readings_that_agree_by_chance_still_leave_a_margin():
+    def used(size):
+        return round(1.3 * peak_of(TRACE, size)) + (100 if size < 10 else 80) * MIB
+
+    trace = recorded(TRACE, used)
+    points = search(trace, used, 6 * GIB, 10**6)
+
+    last = points[-1]
+    assert last.outcome is Outcome.RAN
+    assert 0.975 * 6 * GIB < last.used_bytes <= 0.982 * 6 * GIB
 
 
 def test_search_without_a_trace_finds_a_ceiling():

@@ -1,19 +1,19 @@
 """The search on a device of known capacity: the exact ceiling, few probes, its proof, and buckets that are held beside a step."""
 
 import statistics
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 from fakes import DIMENSION, FakeDevice, planted_rig, planted_workload
-from rightbatch.engine.isolation import InProcessHost
+from rightbatch.engine.isolation import InProcessHost, Killed, OutOfMemory
 from rightbatch.engine.ranks import SingleRank
 from rightbatch.engine.rig import Rig
-from rightbatch.errors import UsageError
+from rightbatch.errors import UsageError, UserCodeError
 from rightbatch.fits.memory import fit_memory
 from rightbatch.probes import memory
-from rightbatch.records.measurements import Outcome
+from rightbatch.records.measurements import MemoryLimit, Outcome
 from rightbatch.tuner.measuring import Measuring
 from rightbatch.tuner.memory_search import MemorySearch
 from rightbatch.tuner.request import Request, SilentProgress
@@ -50,10 +50,81 @@ def test_a_proof_fails_one_sample_above_the_ceiling(ceiling):
     assert fit_memory(run).ceiling == ceiling
 
 
-def test_probes_with_proof_are_few():
-    counts = [len(search(ceiling, certify=True)[1].points) for ceiling in CEILINGS]
-    assert statistics.median(counts) <= 5
-    assert max(counts) <= 6
+def test_a_touch_the_ceiling_and_its_proof_are_all_that_is_run_after_recording():
+    for ceiling in CEILINGS:
+        run = search(ceiling, certify=True)[1]
+        assert [p.purpose for p in run.points] == ["touch", "approach", "proof"]
+
+
+def test_without_use_measured_while_recording_probes_with_proof_are_still_few(monkeypatch):
+    recorded = memory.trace
+    monkeypatch.setattr(memory, "trace", lambda rig, **how: recorded(rig, **how).model_copy(update={"used_bytes": ()}))
+    runs = [search(ceiling, certify=True)[1] for ceiling in CEILINGS]
+    assert [fit_memory(run).ceiling for run in runs] == list(CEILINGS)
+    assert statistics.median(len(run.points) for run in runs) <= 5
+    assert max(len(run.points) for run in runs) <= 6
+
+
+@dataclass
+class Script:
+    """A host whose attempts end as they are told; everything else runs on a planted device."""
+
+    host: InProcessHost
+    endings: dict[str, object]
+    renewals: int = 0
+
+    def call(self, probe, *args, **kwargs):
+        if getattr(probe, "func", None) is not memory.attempt or args[1] not in self.endings:
+            return self.host.call(probe, *args, **kwargs)
+        ending = self.endings.pop(args[1])
+        if isinstance(ending, Exception):
+            raise ending
+        return ending
+
+    def renew(self):
+        self.renewals += 1
+
+    def close(self):
+        self.host.close()
+
+
+def scripted(endings, *, once_a_process=False):
+    device = FakeDevice(fixed_bytes=4000, bytes_per_sample=600, capacity_bytes=4000 + 600 * 1000)
+    rig = planted_rig(device, planted_workload(device, torch.zeros(30_000, DIMENSION), lr=1e-9))
+    host = Script(InProcessHost(rig, lambda line: None), endings)
+    workload = host.call(Rig.describe).value
+    limit = MemoryLimit(limit_bytes=device.capacity_bytes, source="device", once_a_process=once_a_process)
+    search = MemorySearch(host=host, request=Request(certify=True), workload=workload, clock_s=lambda: 0.0, ranks=SingleRank())
+    return host, search.run(limit, "planted", 100.0)
+
+
+@pytest.mark.parametrize(
+    ("ending", "outcome", "detail"),
+    [
+        (OutOfMemory("DefaultCPUAllocator: can't allocate memory"), Outcome.OUT_OF_MEMORY, "DefaultCPUAllocator: can't allocate memory"),
+        (Killed("SIGKILL"), Outcome.KILLED, "killed by SIGKILL"),
+    ],
+)
+def test_an_attempt_that_ran_out_or_was_killed_is_told_apart_and_the_search_goes_on_below(ending, outcome, detail):
+    _, run = scripted({"approach": ending})
+    failed = next(point for point in run.points if point.outcome is not Outcome.RAN)
+    assert (failed.outcome, failed.detail, failed.used_bytes) == (outcome, detail, None)
+    later = run.points[run.points.index(failed) + 1 :]
+    assert later
+    assert all(point.micro_batch_size < failed.micro_batch_size for point in later)
+    assert run.stopped_by == "failure"
+    assert len(run.points) <= 6
+
+
+def test_a_bug_in_the_users_code_ends_the_search_as_one():
+    with pytest.raises(UserCodeError, match="raised ZeroDivisionError"):
+        scripted({"approach": UserCodeError("the workload's code raised ZeroDivisionError: x", "Traceback")})
+
+
+@pytest.mark.parametrize("once", [True, False])
+def test_a_mark_that_cannot_be_reset_takes_a_fresh_process_for_every_attempt(once):
+    host, run = scripted({}, once_a_process=once)
+    assert host.renewals == (len(run.points) if once else 0)
 
 
 def test_nothing_is_proved_where_the_dataset_ends_the_search():
