@@ -40,6 +40,8 @@ class StepNorms:
         is_double = any(parameter.dtype in (torch.float64, torch.complex128) for parameter in self._parameters)
         self._norm_dtype = torch.float64 if is_double else torch.float32
         self._sum_dtype = torch.float32 if self._device.type == "mps" else torch.float64
+        self._absent = torch.zeros((), dtype=self._norm_dtype, device=self._device)
+        self._is_spread = len({parameter.device for parameter in self._parameters}) > 1
         self.dropped_count = 0
         self.restart()
 
@@ -125,8 +127,9 @@ class StepNorms:
         self._current = {}
 
     def _squares(self, norms: dict[int, Tensor]) -> Float[Tensor, " param"]:
-        absent = torch.zeros((), dtype=self._norm_dtype, device=self._device)
-        whole = [norms.get(index, absent).to(self._device, non_blocking=True) for index in range(len(self._parameters))]
+        whole = [norms.get(index, self._absent) for index in range(len(self._parameters))]
+        if self._is_spread:
+            whole = [norm.to(self._device, non_blocking=True) for norm in whole]
         return torch.stack(whole).to(self._sum_dtype).square_()
 
     def _gradient_state(self) -> tuple[tuple[int, int], ...]:

@@ -17,6 +17,8 @@ _FIRST_TEST = 16
 _FEWEST_MICRO_BATCHES = 8
 """Micro-batches that a snapshot takes even when the budget is over: fewer give no interval worth the name."""
 _PILOT_SNAPSHOTS = 3
+_SMALLEST_GHOST = 2
+"""Batch normalisation over one sample is none."""
 _PILOT_EPOCHS = 4
 """A pilot goes no further than so many epochs: past them a small dataset is memorised, and its noise is not a run's any more."""
 
@@ -32,7 +34,8 @@ def measure(
 ) -> GradientNoiseMeasurements:
     """Measure the noise at initialisation, then three times along a pilot run of four epochs at most, spaced by factors of three.
 
-    A third of the budget pays for the pilot.
+    A third of the budget pays for the pilot. Where normalisation couples samples, the last parameters are measured once more with
+    micro-batches of half the size.
 
     The pilot trains a copy with the workload's own optimizer, or with the rig's stand-in.
 
@@ -40,7 +43,7 @@ def measure(
         rig: The workload on its device.
         micro_batch_size: Samples of one micro-batch of a snapshot.
         pilot_batch_size: Samples of one step of the pilot.
-        batch_norm: Kept beside the norms.
+        batch_norm: Whether normalisation couples the samples of a micro-batch.
         is_decided: Says whether a snapshot is precise enough.
         budget_s: Seconds for everything.
     """
@@ -48,7 +51,8 @@ def measure(
     clock = rig.meters.clock
     milestones = tuple(math.ceil(_PILOT_EPOCHS * rig.train_size / 3**power) for power in reversed(range(_PILOT_SNAPSHOTS)))
     start_s = clock.now_s()
-    snapshot_s = budget_s * 2 / 3 / (1 + _PILOT_SNAPSHOTS)
+    takes_half_size = batch_norm and micro_batch_size >= 2 * _SMALLEST_GHOST
+    snapshot_s = budget_s * 2 / 3 / (1 + _PILOT_SNAPSHOTS + takes_half_size)
     pilot_s = budget_s / 3 / _PILOT_SNAPSHOTS
     snapshots: list[GradientNorms] = []
     samples_seen = 0
@@ -63,12 +67,16 @@ def measure(
             snapshots.append(norms)
         if problem is not None or clock.now_s() - start_s > budget_s:
             break
+    half_size = None
+    if takes_half_size and problem is None and clock.now_s() - start_s <= budget_s:
+        half_size, _ = _snapshot(rig, trainee, micro_batch_size // 2, samples_seen, is_decided, snapshot_s)
     return GradientNoiseMeasurements(
         snapshots=tuple(snapshots),
         pilot_batch_size=pilot_batch_size,
         pilot_lr=lr,
         pilot_samples=samples_seen,
         batch_norm=batch_norm,
+        half_size=half_size,
         problem=problem,
         remark=_REMARKS[problem] if problem is not None else "",
     )

@@ -276,6 +276,8 @@ class GradientNoiseMeasurements(Record):
     pilot_samples: NonNegativeInt
     batch_norm: bool
     """Whether normalisation couples the samples of a micro-batch, so that the estimate is for that ghost batch."""
+    half_size: GradientNorms | None = None
+    """The last snapshot's parameters again with micro-batches of half the size; taken where normalisation couples samples."""
     problem: NoiseProblem | None = None
     remark: str = ""
 

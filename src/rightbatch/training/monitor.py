@@ -56,7 +56,8 @@ class NoiseMonitor:
     Args:
         model: The model that is trained.
         optimizer: Its optimizer. Parameters of the model that it updates are watched.
-        every: Measure one step in so many; 1 measures all.
+        every: Measure one step in so many; 1 measures all. A measured step costs the host some 30 microseconds for each parameter tensor
+            and micro-batch, and where it is halved a second pass: take 50 or more where a step takes a few milliseconds.
         scaler: The GradScaler of mixed precision, whose changing scale is then divided out.
         dataset_size: Training samples that are drawn without replacement; none where samples never come again.
 

@@ -11,7 +11,16 @@ from oracles.oracle_noise import (
     ragged_trace_and_sq_norm,
     trace_and_sq_norm,
 )
-from rightbatch.fits.noise_scale import NoiseMoments, fieller, fit_noise_scale, fit_snapshot, is_decided, noise_moments, student_quantile_95
+from rightbatch.fits.noise_scale import (
+    NoiseMoments,
+    compare_ghosts,
+    fieller,
+    fit_noise_scale,
+    fit_snapshot,
+    is_decided,
+    noise_moments,
+    student_quantile_95,
+)
 from rightbatch.records.estimates import Status
 from rightbatch.records.measurements import GradientNoiseMeasurements, NoiseProblem
 
@@ -254,6 +263,32 @@ def test_decided_when_the_interval_is_within_the_factor():
     assert is_decided(_norms(1, blocks=(6,) * 40))
     assert not is_decided(_norms(1, blocks=(1,) * 6))
     assert not is_decided(_norms(1, blocks=(6,) * 40), factor=1.01)
+
+
+@pytest.mark.parametrize(("half_scale", "verdict", "words"), [(50.0, "agree", "the same noise"), (300.0, "differ", "another noise scale")])
+def test_normalisation_over_half_the_size_is_compared_and_said(half_scale, verdict, words):
+    usual, half = _norms(1, blocks=(6,) * 20), _norms(2, noise_scale=half_scale, blocks=(6,) * 20)
+    measurements = _measurements(usual, batch_norm=True).model_copy(update={"half_size": half})
+
+    assert compare_ghosts(usual, half) == verdict
+    assert any(words in remark for remark in fit_noise_scale(measurements).remarks)
+
+
+def test_micro_batch_sizes_without_coupling_are_told_apart_in_few_cases():
+    rng, differ = np.random.default_rng(16), 0
+    for _ in range(400):
+        draws = [gaussian_gradients(rng, samples=160, noise_scale=50.0, dimension=40) for _ in range(2)]
+        usual = norms_of(draws[0], micro_batch_size=8, block_counts=(1,) * 20)
+        half = norms_of(draws[1], micro_batch_size=4, block_counts=(1,) * 40)
+        differ += compare_ghosts(usual, half) == "differ"
+
+    assert differ / 400 < 0.08  # 5 % and 3 standard errors
+
+
+def test_a_size_that_says_nothing_is_not_compared():
+    assert compare_ghosts(_norms(1), _norms(1, blocks=(6,))) == "unknown"
+    measurements = _measurements(_norms(1), batch_norm=True).model_copy(update={"half_size": _norms(1, blocks=(6,))})
+    assert len(fit_noise_scale(measurements).remarks) == 1
 
 
 def test_batch_norm_and_missing_pilot_are_said():

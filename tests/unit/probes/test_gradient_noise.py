@@ -78,6 +78,17 @@ def test_snapshots_are_taken_at_the_start_and_along_the_pilot():
     assert measured.pilot_lr == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize(("batch_norm", "micro_batch_size", "half"), [(True, 4, 2), (False, 4, None), (True, 2, None)])
+def test_where_normalisation_couples_samples_half_the_size_is_measured_at_the_last_parameters(batch_norm, micro_batch_size, half):
+    measured = gradient_noise.measure(
+        tiny(), micro_batch_size=micro_batch_size, pilot_batch_size=8, batch_norm=batch_norm, is_decided=lambda norms: True, budget_s=60.0
+    )
+    assert (measured.half_size is None) == (half is None)
+    if measured.half_size is not None:
+        assert measured.half_size.micro_batch_size == half
+        assert measured.half_size.samples_seen == measured.snapshots[-1].samples_seen
+
+
 def test_a_snapshot_changes_no_parameter():
     rig = tiny()
     trainee = rig.new_trainee()
