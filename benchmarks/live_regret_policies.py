@@ -1,0 +1,96 @@
+"""What people would train with: the plans of `find`, common sizes at the base rate, the largest that fits, the noise at initialisation."""
+
+import inspect
+import time
+import warnings
+from collections.abc import Iterable
+
+import rightbatch as rb
+from live_regret_scoring import FIND, VERIFY, Policy
+from live_regret_training import Trainer
+from live_regret_truth import Tuned, rounded
+from rightbatch.engine.rig import Rig
+from rightbatch.engine.step import train_step
+from rightbatch.errors import RightbatchError
+from rightbatch.fits.lr_scaling import couple_lr
+from rightbatch.fits.step_time import fit_step_time, is_decided
+from rightbatch.probes import step_time
+from rightbatch.records.estimates import Status
+from rightbatch.records.plan import Findings
+
+COMMON = (32, 128)
+NOISE_AT_START = "noise scale at start"
+
+
+def find(
+    workload: rb.Workload, base_lr: float, *, budget_s: float, verify: bool, seed: int = 0
+) -> tuple[Policy | None, Findings | None, str]:
+    """Ask `find` as a user does; return its plan as a policy, its findings, and a word on what went wrong or is missing.
+
+    The cost is the wall clock of the whole call.
+    """
+    asked = {"verify": True} if verify else {}
+    if verify and "verify" not in inspect.signature(rb.find).parameters:
+        return None, None, "not available: rightbatch.find of this version has no verify="
+    start_s = time.perf_counter()
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", rb.RightbatchWarning)
+            plan = rb.find(workload, budget=f"{budget_s:.1f}s", device="cpu", threads=1, seed=seed, **asked)
+    except RightbatchError as error:
+        return None, None, f"{type(error).__name__}: {error}"
+    policy = Policy(
+        name=VERIFY if verify else FIND,
+        size=plan.global_batch_size,
+        lr=rounded(plan.lr or base_lr),
+        timed_size=plan.micro_batch_size,
+        cost_s=time.perf_counter() - start_s,
+        note="; ".join(str(warning.message).partition(";")[0] for warning in caught),
+    )
+    return policy, plan.findings, ""
+
+
+def others(findings: Findings | None, base_lr: float, train_size: int) -> tuple[Policy, ...]:
+    """The policies that need no tuning; the last two rest on what `find` measured."""
+    found = [_at_base(str(size), min(size, train_size), base_lr) for size in COMMON]
+    if findings is None:
+        return tuple(found)
+    if findings.memory is not None and findings.memory.ceiling:
+        found.append(_at_base("largest that fits", findings.memory.ceiling, base_lr))
+    noise = findings.noise_scale
+    first = noise.snapshots[0].noise_scale if noise is not None and noise.snapshots else None
+    if first is not None and first.value is not None and first.status is Status.OK:
+        size = max(1, min(round(first.value), train_size))
+        coupling = couple_lr(findings.workload, first.value, size)
+        found.append(Policy(name=NOISE_AT_START, size=size, lr=rounded(base_lr * coupling.factor), timed_size=size))
+    return tuple(found)
+
+
+def _at_base(name: str, size: int, base_lr: float) -> Policy:
+    return Policy(name=name, size=size, lr=rounded(base_lr), timed_size=size, note="base rate")
+
+
+def reference(best: Tuned, sweep_s: float) -> Policy:
+    """The sweep's best as a policy, at the cost of the sweep."""
+    return Policy(name="sweep", size=best.size, lr=best.lr, timed_size=best.size, cost_s=sweep_s)
+
+
+def seconds_per_sample(trainer: Trainer, sizes: Iterable[int], budget_s: float) -> tuple[dict[int, float], tuple[str, ...]]:
+    """Median seconds a sample of every size, in interleaved rounds, and what disturbed them."""
+    rig = trainer.rig()
+    _warm_up(rig)
+    measured = step_time.measure(
+        rig,
+        sorted(set(sizes)),
+        is_decided=is_decided,
+        budget_s=budget_s,
+        machine=step_time.contention(rig),
+        largest_affordable=None,
+    )
+    curve = fit_step_time(measured)
+    times = {point.micro_batch_size: (point.step_time_s.value or 0.0) / point.micro_batch_size for point in curve.points}
+    return times, curve.reasons
+
+
+def _warm_up(rig: Rig) -> None:
+    train_step(rig.new_trainee(), [rig.typical_batch(2)])
