@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from types import ModuleType
@@ -110,7 +111,7 @@ class Question:
             hyperbola=scoring.fit_hyperbola(tuned, np.random.default_rng(0)),
             findings=findings,
             disturbances=disturbances,
-            noise=self._noise(tuned, findings) if with_noise else None,
+            noise=self._noise(tuned, findings) if with_noise else (),
         )
 
     def _score(self, policy: Policy, best: truths.Tuned, sample_s: Mapping[int, float], sweep_s: float) -> Score:
@@ -118,15 +119,18 @@ class Question:
         trainings = self.truth.seeds(policy.size, policy.lr, self.seeds, most)
         return scoring.score(policy, trainings, best, sample_s, sweep_s)
 
-    def _noise(self, tuned: tuple[truths.Tuned, ...], findings: Findings | None) -> noise.GradientNoiseMeasurements:
+    def _noise(self, tuned: tuple[truths.Tuned, ...], findings: Findings | None) -> tuple[noise.GradientNoiseMeasurements, ...]:
         base = min(tuned, key=lambda entry: abs(entry.size - self.base_size))
         batch_norm = findings is not None and findings.workload.batch_norm
-        return noise.along_a_run(self.trainer, base.size, base.lr, mean(base.samples), batch_norm=batch_norm)
+        run = partial(noise.along_a_run, self.trainer, base.size, base.lr, mean(base.samples), batch_norm=batch_norm)
+        return tuple(run(seed=seed) for seed in range(noise.SEEDS))
 
 
 def questions(options: argparse.Namespace) -> list[Question]:
     """Load the workloads that are asked for."""
-    workloads, module = workloads_of(options.workloads or BUILT_IN)
+    path = options.workloads or BUILT_IN
+    sys.path.insert(0, str(path.resolve().parent))  # where `find` measures, in another process, the file is imported again
+    workloads, module = workloads_of(path)
     if options.workloads is None and options.data is not None:
         workloads["cifar10"] = module.cifar10(options.data)
     elif options.workloads is None:
@@ -145,7 +149,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", help="names of workloads")
     parser.add_argument("--truth", type=Path, help="cache of trainings, completed where something is missing")
     parser.add_argument("--sweep-only", action="store_true", help="complete the truth and stop")
-    parser.add_argument("--noise", action="store_true", help="measure the noise scale along a whole run too")
+    parser.add_argument("--noise", action="store_true", help="measure the noise scale along whole runs too")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,4 +1,7 @@
-"""The noise scale along a whole run to the target, beside what the critical batch size of a sweep says."""
+"""The noise scale along whole runs to the target, beside what the critical batch size of a sweep says."""
+
+from collections.abc import Sequence
+from statistics import geometric_mean
 
 import numpy as np
 
@@ -17,10 +20,12 @@ PILOT_SHARES = (0.05, 0.1, 0.25)
 PRECISION = 1.3
 """Factor within which the interval of a snapshot has to lie, unless the data end before."""
 MICRO_BATCH = 16
+SEEDS = 3
+"""Runs: the noise scale at one moment of one run scatters by a factor of three."""
 _FIRST_TEST = 32
 
 
-def along_a_run(trainer: Trainer, size: int, lr: float, samples: float, *, batch_norm: bool, seed: int = 0) -> GradientNoiseMeasurements:
+def along_a_run(trainer: Trainer, size: int, lr: float, samples: float, *, batch_norm: bool, seed: int) -> GradientNoiseMeasurements:
     """Train for so many samples, and measure the noise at given shares of them.
 
     Args:
@@ -75,7 +80,13 @@ def _norms(rig: Rig, blocks: GradientBlocks, samples_seen: int) -> GradientNorms
 
 
 def average_until(measured: GradientNoiseMeasurements, share: float) -> NoiseScale:
-    """The weighted average of the trade-off law over the first part of the run."""
+    """The weighted average of the trade-off law over the first part of one run."""
     end = share * measured.snapshots[-1].samples_seen
     first = tuple(norms for norms in measured.snapshots if norms.samples_seen <= end)
     return fit_noise_scale(measured.model_copy(update={"snapshots": first, "pilot_samples": first[-1].samples_seen}))
+
+
+def mean_until(runs: Sequence[GradientNoiseMeasurements], share: float) -> float | None:
+    """Geometric mean of the averages of several runs; none when one of them has none."""
+    values = [average_until(run, share).value for run in runs]
+    return None if None in values else geometric_mean(value for value in values if value is not None)

@@ -1,7 +1,6 @@
 """What people would train with: the plans of `find`, common sizes at the base rate, the largest that fits, the noise at initialisation."""
 
 import inspect
-import time
 import warnings
 from collections.abc import Iterable
 
@@ -27,12 +26,11 @@ def find(
 ) -> tuple[Policy | None, Findings | None, str]:
     """Ask `find` as a user does; return its plan as a policy, its findings, and a word on what went wrong or is missing.
 
-    The cost is the wall clock of the whole call.
+    The cost is the seconds of its measuring: starting its process is left out, as loading and evaluating are left out of the sweep's.
     """
     asked = {"verify": True} if verify else {}
     if verify and "verify" not in inspect.signature(rb.find).parameters:
         return None, None, "not available: rightbatch.find of this version has no verify="
-    start_s = time.perf_counter()
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", rb.RightbatchWarning)
@@ -44,7 +42,7 @@ def find(
         size=plan.global_batch_size,
         lr=rounded(plan.lr or base_lr),
         timed_size=plan.micro_batch_size,
-        cost_s=time.perf_counter() - start_s,
+        cost_s=plan.findings.duration_s,
         note="; ".join(str(warning.message).partition(";")[0] for warning in caught),
     )
     return policy, plan.findings, ""

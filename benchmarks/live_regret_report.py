@@ -5,6 +5,7 @@ from statistics import mean, stdev
 
 import live_regret_noise as noise
 from live_regret_scoring import Goal, Row, Score
+from rightbatch.records.estimates import Estimate, NoiseScale
 
 
 def show(row: Row) -> str:
@@ -41,29 +42,34 @@ def _policy(entry: Score) -> str:
 
 
 def noise_lines(row: Row) -> list[str]:
-    """Say how the noise scale grew along the run, and what it has to do with the critical batch size."""
-    if row.noise is None:
+    """Say how the noise scale grew along the runs, and what it has to do with the critical batch size."""
+    if not row.noise:
         return []
-    whole = noise.average_until(row.noise, 1.0)
-    run = row.noise
-    lines = [f"noise scale along a run of {run.pilot_samples} samples at batch {run.pilot_batch_size}, rate {run.pilot_lr or 0:g}:"]
-    for point in whole.snapshots:
-        scale = point.noise_scale
-        low, value, high = (("-" if number is None else f"{number:.0f}") for number in (scale.low, scale.value, scale.high))
-        lines.append(f"  at {point.samples_seen:7d}: {value} [{low}, {high}] {scale.status}")
-    if whole.value is None:
-        return [*lines, f"its average over the run is {whole.status}"]
+    run = row.noise[0]
+    fits = [noise.average_until(each, 1.0) for each in row.noise]
+    lines = [f"noise scale along runs at batch {run.pilot_batch_size}, rate {run.pilot_lr or 0:g}; one column a seed:"]
+    lines += [
+        f"  at {points[0].samples_seen:7d}:" + "".join(f"  {_interval(point.noise_scale):>24s}" for point in points)
+        for points in zip(*(fit.snapshots for fit in fits), strict=True)
+    ]
+    lines.append("  average:   " + "".join(f"  {_interval(fit):>24s}" for fit in fits))
+    whole = noise.mean_until(row.noise, 1.0)
+    if whole is None:
+        return lines
     for share in noise.PILOT_SHARES:
-        value = noise.average_until(run, share).value
+        value = noise.mean_until(row.noise, share)
         if value is not None:
-            lines.append(f"average over the first {share:.0%}: {value:.0f}; the whole run's is {whole.value / value:.2f} times that")
+            lines.append(f"average over the first {share:.0%}: {value:.0f}; growth from there to the whole run {whole / value:.2f}")
     if row.findings is not None and row.findings.noise_scale is not None and row.findings.noise_scale.value:
         given = row.findings.noise_scale
-        lines.append(
-            f"pilot of find, {given.pilot_samples} samples: {given.value:.0f}; the run's is {whole.value / given.value:.2f} times that"
-        )
-    c = row.hyperbola.critical_batch_size / whole.value
-    return [*lines, f"average over the run {whole.value:.0f}; calibration c = critical batch size over it = {c:.2f}"]
+        lines.append(f"pilot of find, {given.pilot_samples} samples: {_interval(given)}; growth {whole / (given.value or whole):.2f}")
+    c = row.hyperbola.critical_batch_size / whole
+    return [*lines, f"average over whole runs {whole:.0f}; calibration c = critical batch size of the sweep over it = {c:.2f}"]
+
+
+def _interval(scale: Estimate | NoiseScale) -> str:
+    low, value, high = (("-" if number is None else f"{number:.0f}") for number in (scale.low, scale.value, scale.high))
+    return f"{value} [{low}, {high}]"
 
 
 def document(row: Row) -> dict[str, object]:
@@ -77,7 +83,7 @@ def document(row: Row) -> dict[str, object]:
         "missing": row.missing,
         "critical_batch_size": asdict(row.hyperbola),
         "found_critical_batch_size": None if row.found_critical is None else row.found_critical.model_dump(mode="json"),
-        "noise_along_the_run": None if row.noise is None else noise.average_until(row.noise, 1.0).model_dump(mode="json"),
+        "noise_along_runs": [noise.average_until(run, 1.0).model_dump(mode="json") for run in row.noise],
         "lines": noise_lines(row),
     }
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean, stdev
 
 import numpy as np
@@ -88,7 +88,8 @@ class Row:
     hyperbola: Hyperbola
     findings: Findings | None
     disturbances: tuple[str, ...]
-    noise: GradientNoiseMeasurements | None
+    noise: tuple[GradientNoiseMeasurements, ...]
+    """Along whole runs, one a seed; empty when it was not asked for."""
 
     @property
     def found_critical(self) -> Estimate | None:
@@ -123,7 +124,9 @@ def score(policy: Policy, trainings: Sequence[Training], best: Tuned, sample_s: 
     share = policy.cost_s / sweep_s
     reached = [training.samples_to_target for training in trainings if training.samples_to_target is not None]
     if len(reached) < len(trainings):
-        most = max(training.samples_seen for training in trainings if training.samples_to_target is None)
+        failed = next(training for training in trainings if training.samples_to_target is None)
+        policy = replace(policy, note="; ".join(filter(None, (policy.note, f"not with seed {failed.seed}"))))
+        most = failed.samples_seen
         return Score(policy=policy, seconds=None, relative=most * rate / best_s, standard_error=None, cost_share=share)
     seconds = mean(reached) * rate
     is_best = policy.size == best.size and tuple(reached) == best.samples

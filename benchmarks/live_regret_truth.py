@@ -3,24 +3,27 @@
 import ast
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 
-REACH = 3
+REACH = 2
 """Doublings or halvings of the seeded rate that are tried while none reaches the target."""
 MOST_EPOCHS = 100
 """Of a training when nothing has reached the target yet."""
 MOST_OVER_FEWEST = 6.0
 """A training that takes so many times the fewest samples known is stopped: it counts as never."""
+CONTENDS = 1.25
+"""A rate within this factor of the best on the first seed is tried on all of them; one beyond it is stopped."""
+EXTRA_RATES = 2
+"""Smaller rates that are tried when every contender fails on some seed."""
 SLACK_OF_SEEDS = 3.0
-"""Other seeds may take so many times the first one's samples."""
+"""A seed that takes so many times the fewest samples of the first one fails."""
 SLACK_OF_NEIGHBOUR = 3.0
 """Half or twice the size may take so many times the samples: twice is the worst that the law of the trade-off allows."""
-EXTRA_RATES = 2
-"""Smaller rates that are tried when a seed fails at the best one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,13 +90,16 @@ class Truth:
         self._say(f"{self._name}: batch {size}, lr {lr:g}, seed {seed}: {words} after {made.samples_seen} samples")
         return made
 
-    def seeds(self, size: int, lr: float, seeds: int, most_samples: float) -> tuple[Training, ...]:
-        """Return the trainings of every seed, up to the first that fails."""
+    def seeds(self, size: int, lr: float, count: int, most_samples: float, most_in_all: float = math.inf) -> tuple[Training, ...]:
+        """Return the trainings of so many seeds, up to the first that fails or with which all take more than ``most_in_all`` samples."""
         found: list[Training] = []
-        for seed in range(seeds):
-            found.append(self.training(size, lr, seed, most_samples))
-            if found[-1].samples_to_target is None:
+        left = most_in_all
+        for seed in range(count):
+            found.append(self.training(size, lr, seed, min(most_samples, left)))
+            reached = found[-1].samples_to_target
+            if reached is None or reached >= left:
                 break
+            left -= reached
         return tuple(found)
 
     def _write(self) -> None:
@@ -146,52 +152,57 @@ def sweep(truth: Truth, sizes: Sequence[int], base: tuple[int, float], train_siz
 
 
 def _tune(truth: Truth, size: int, base_lr: float, start: int, most: float, seeds: int) -> tuple[int, Tuned] | None:
-    def samples_at(exponent: int, incumbent: float) -> float | None:
-        return truth.training(size, base_lr * 2.0**exponent, 0, incumbent).samples_to_target
+    """Climb on the first seed; then every rate that came near its best is trained with all seeds, and the least mean wins."""
 
-    best = hill_climb(samples_at, start, most)
-    if best is None:
+    def samples_at(exponent: int, most_samples: float) -> float | None:
+        return truth.training(size, base_lr * 2.0**exponent, 0, most_samples).samples_to_target
+
+    reached = hill_climb(samples_at, start, most)
+    if not reached:
         return None
-    for exponent in range(best, best - EXTRA_RATES - 1, -1):
-        first = truth.training(size, base_lr * 2.0**exponent, 0, most)
-        if first.samples_to_target is None:
-            continue
-        found = truth.seeds(size, base_lr * 2.0**exponent, seeds, SLACK_OF_SEEDS * first.samples_to_target)
-        if found[-1].samples_to_target is not None:
-            samples = tuple(training.samples_to_target for training in found if training.samples_to_target is not None)
-            return exponent, Tuned(size=size, lr=found[0].lr, samples=samples)
-    return None
+    order = sorted(reached, key=lambda exponent: reached[exponent])
+    fewest = reached[order[0]]
+    contenders = [exponent for exponent in order if reached[exponent] <= CONTENDS * fewest]
+    best: tuple[int, Tuned] | None = None
+    incumbent = SLACK_OF_SEEDS * fewest
+    for exponent in (*contenders, *range(min(contenders) - 1, min(contenders) - 1 - EXTRA_RATES, -1)):
+        if best is not None and exponent not in contenders:
+            break
+        lr = base_lr * 2.0**exponent
+        found = truth.seeds(size, lr, seeds, SLACK_OF_SEEDS * fewest, incumbent * seeds)
+        samples = tuple(training.samples_to_target for training in found if training.samples_to_target is not None)
+        if len(samples) == seeds and mean(samples) < incumbent:
+            best, incumbent = (exponent, Tuned(size=size, lr=rounded(lr), samples=samples)), mean(samples)
+    return best
 
 
-def hill_climb(samples_at: Callable[[int, float], float | None], start: int, most_samples: float, reach: int = REACH) -> int | None:
-    """Return the exponent with the fewest samples to the target; none when none reaches it.
+def hill_climb(samples_at: Callable[[int, float], float | None], start: int, most_samples: float, reach: int = REACH) -> dict[int, float]:
+    """Walk from the start while the samples to the target become fewer; return them for every exponent that reached it in time.
 
     Args:
         samples_at: (exponent, most samples) -> samples to the target, or none when it was not reached within so many.
         start: Where to begin.
-        most_samples: Of the first attempt; each later one is stopped once it can no longer beat the best so far.
+        most_samples: Of the first attempts; later ones are stopped once they are clearly worse than the best so far.
         reach: Steps from the start in each direction while nothing has reached the target.
     """
-    best: int | None = None
-    fewest = most_samples
+    reached: dict[int, float] = {}
     tried: set[int] = set()
 
     def improves(exponent: int) -> bool:
-        nonlocal best, fewest
         tried.add(exponent)
-        samples = samples_at(exponent, fewest)
-        if samples is None or samples >= fewest:
-            return False
-        best, fewest = exponent, samples
-        return True
+        fewest = min(reached.values(), default=math.inf)
+        samples = samples_at(exponent, min(most_samples, CONTENDS * fewest))
+        if samples is not None:
+            reached[exponent] = samples
+        return samples is not None and samples < fewest
 
     for direction in (1, -1) if improves(start) else (-1, 1):
-        at = start if best is None else best
-        while at + direction not in tried and (best is not None or abs(at + direction - start) <= reach):
+        at = min(reached, key=lambda exponent: reached[exponent]) if reached else start
+        while at + direction not in tried and (reached or abs(at + direction - start) <= reach):
             at += direction
-            if not improves(at) and best is not None:
+            if not improves(at) and reached:
                 break
-    return best
+    return reached
 
 
 def fingerprint(source: Path, *settings: object) -> str:

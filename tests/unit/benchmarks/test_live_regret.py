@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -9,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+import live_regret
 from live_regret_scoring import Policy, best_of, cost_s, fit_hyperbola, goals, score
 from live_regret_training import Crossing, Trainer
-from live_regret_truth import REACH, Ending, Training, Truth, Tuned, fingerprint, hill_climb, rounded, sweep
+from live_regret_truth import CONTENDS, REACH, Ending, Training, Truth, Tuned, fingerprint, hill_climb, rounded, sweep
 from rightbatch.workload.ingredients import Workload
 from workload_files import workloads_of
 
@@ -49,25 +51,29 @@ def truth_of(path, trainer, key="key", name="planted"):
     return Truth(path / "truth.json", name, key, trainer)
 
 
+def least(reached):
+    return min(reached, key=lambda exponent: reached[exponent])
+
+
 @pytest.mark.parametrize("start", [-2, 0, 3])
 def test_the_climb_finds_the_best_rate_from_either_side(start):
     def samples_at(exponent, most):
         samples = 100.0 + (exponent - 1) ** 2
         return samples if samples <= most else None
 
-    assert hill_climb(samples_at, start, 1e6) == 1
+    assert least(hill_climb(samples_at, start, 1e6)) == 1
 
 
-def test_every_attempt_may_take_no_more_than_the_best_before_it():
+def test_an_attempt_is_stopped_once_it_is_clearly_worse_than_the_best_before_it():
     asked = []
 
     def samples_at(exponent, most):
         asked.append((exponent, most))
-        samples = {0: 300.0, 1: 200.0}.get(exponent, 999.0)
+        samples = {0: 300.0, 1: 200.0, 2: 220.0}.get(exponent, 999.0)
         return samples if samples <= most else None
 
-    assert hill_climb(samples_at, 0, 500.0) == 1
-    assert asked == [(0, 500.0), (1, 300.0), (2, 200.0)]
+    assert hill_climb(samples_at, 0, 500.0) == {0: 300.0, 1: 200.0, 2: 220.0}
+    assert asked == [(0, 500.0), (1, CONTENDS * 300.0), (2, CONTENDS * 200.0)]
 
 
 def test_the_climb_looks_below_first_when_the_start_fails_and_goes_on_until_something_works():
@@ -77,14 +83,25 @@ def test_the_climb_looks_below_first_when_the_start_fails_and_goes_on_until_some
         asked.append(exponent)
         return 100.0 if exponent == -2 else None
 
-    assert hill_climb(samples_at, 0, 500.0) == -2
+    assert hill_climb(samples_at, 0, 500.0) == {-2: 100.0}
     assert asked == [0, -1, -2, -3]
 
 
 def test_the_climb_gives_up_within_its_reach():
     asked = []
-    assert hill_climb(lambda exponent, most: asked.append(exponent), 0, 500.0) is None
+    assert hill_climb(lambda exponent, most: asked.append(exponent), 0, 500.0) == {}
     assert sorted(asked) == list(range(-REACH, REACH + 1))
+
+
+def test_a_rate_that_only_the_first_seed_prefers_loses_to_its_neighbour(tmp_path):
+    table = {0.1: (100.0, 180.0, 190.0), 0.05: (110.0, 120.0, 115.0)}
+
+    def train(size, lr, seed, most):
+        needed = table.get(lr, (900.0,) * 3)[seed]
+        return Ending(samples_to_target=needed if needed <= most else None, samples_seen=int(min(needed, most)))
+
+    (found,) = sweep(truth_of(tmp_path, train), (32,), (32, BASE_LR), 500, 3)
+    assert (found.lr, found.samples) == (0.05, table[0.05])
 
 
 def test_the_sweep_recovers_the_planted_rates_and_samples(tmp_path):
@@ -325,3 +342,79 @@ def test_functions_that_need_an_argument_are_left_out(tmp_path):
     )
     workloads, _ = workloads_of(source)
     assert list(workloads) == ["mine"]
+
+
+USERS_FILE = """
+import torch
+import rightbatch as rb
+
+TARGETS = {"halves": "accuracy>=0.9"}
+SIZES = {"halves": (8, 16, 32)}
+SEEDS = {"halves": 2}
+
+
+def halves():
+    inputs = torch.randn(300, 4, generator=torch.Generator().manual_seed(0))
+    samples = [(row, int(row[0] > 0)) for row in inputs]
+    return rb.Workload(
+        model=lambda: torch.nn.Linear(4, 2), train=samples[:200], valid=samples[200:], loss=torch.nn.functional.cross_entropy,
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.1), lr_batch_size=16, num_workers=0,
+        metric=lambda scores, labels: (scores.argmax(1) == labels).float().mean().item(),
+    )
+"""
+
+
+def found_in_a_moment(workload, base_lr, *, budget_s, verify):
+    assert isinstance(workload, Workload)
+    assert budget_s > 0
+    if verify:
+        return None, None, "not available"
+    return Policy(name="find", size=24, lr=base_lr, timed_size=24, cost_s=0.0), None, ""
+
+
+def run_main(monkeypatch, capsys, tmp_path, *words):
+    (tmp_path / "users_file.py").write_text(USERS_FILE)
+    monkeypatch.setattr(live_regret, "TIMING_S", 0.1)
+    monkeypatch.setattr(live_regret.policies, "find", found_in_a_moment)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", ["live_regret.py", "--workloads", str(tmp_path / "users_file.py"), *words])
+    threads = torch.get_num_threads()
+    try:
+        code = live_regret.main()
+    finally:
+        torch.set_num_threads(threads)
+        sys.modules.pop("users_file", None)
+    return code, capsys.readouterr()
+
+
+def test_a_file_of_the_user_is_swept_once_and_scored_as_one_document(monkeypatch, capsys, tmp_path):
+    words = ("--truth", str(tmp_path / "truth.json"), "--noise", "--json")
+    code, printed = run_main(monkeypatch, capsys, tmp_path, *words)
+    document = json.loads(printed.out)
+    assert code == 1, "without --verify and an interval of find two goals cannot hold"
+    assert {goal["name"]: goal["holds"] for goal in document["goals"]}["mean regret of find --verify"] is False
+    (row,) = document["workloads"]
+    assert [entry["size"] for entry in row["sweep"]] == [8, 16, 32]
+    sizes = {entry["policy"]["name"]: entry["policy"]["size"] for entry in row["policies"]}
+    assert sizes == {"sweep": sizes["sweep"], "find": 24, "32": 32, "128": 128}
+    assert row["policies"][0]["relative"] == 1.0
+    assert document["environment"]["n"] == {"halves": 2}
+    assert "halves: batch 24" in printed.err
+    _, again = run_main(monkeypatch, capsys, tmp_path, *words)
+    assert again.err == "", "every training was remembered"
+
+
+def test_the_text_shows_every_size_every_policy_and_every_goal(monkeypatch, capsys, tmp_path):
+    _, printed = run_main(monkeypatch, capsys, tmp_path, "--truth", str(tmp_path / "truth.json"), "--noise")
+    lines = printed.out.splitlines()
+    assert lines[0].startswith("halves, accuracy>=0.9; the sweep took ")
+    assert [line.split()[0] for line in lines[2:5]] == ["8", "16", "32"]
+    for beginning in ("  sweep ", "  find ", "  32 ", "  128 ", "  find --verify: not available", "FAIL mean regret of find --verify"):
+        assert any(line.startswith(beginning) for line in lines), beginning
+    assert any("calibration c" in line for line in lines)
+
+
+def test_a_target_is_required(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys.modules[__name__], "USERS_FILE", USERS_FILE.replace('{"halves": "accuracy>=0.9"}', "{}"))
+    with pytest.raises(SystemExit, match="must say what to reach"):
+        run_main(monkeypatch, capsys, tmp_path, "--truth", str(tmp_path / "truth.json"))
