@@ -5,14 +5,14 @@ Run: python benchmarks/live_regret.py [--data cifar10_jpeg.npz] [--workloads FIL
 Three small CNNs (CIFAR-10 only with --data), or every public function of FILE.py that returns a ``rightbatch.Workload`` with ``valid``,
 ``metric``, ``optimizer`` and ``lr_batch_size`` when called without arguments. The file names what to reach: ``TARGETS = {"function":
 "accuracy>=0.9"}`` (the word before >= is only a name), and may hold ``SIZES`` and ``SEEDS``. Trainings are kept in the truth file and only
-missing ones are made. Samples to the target do not depend on how busy the machine is; seconds are samples times the median seconds a
-sample of interleaved rounds over all sizes. One thread. Exit code 1: a goal does not hold.
+missing ones are made. Samples to the target do not depend on how busy the machine is; seconds are samples times the median processor
+seconds a sample of interleaved rounds over all sizes. On a machine that others use, `find` gets a budget that is longer by what they take.
+One thread, on the CPU. Exit code 1: a goal does not hold.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ import live_regret_scoring as scoring
 import live_regret_training as training
 import live_regret_truth as truths
 import rightbatch as rb
-from live_regret_scoring import Policy, Row, Score
+from live_regret_scoring import Policy, Row
 from rightbatch.engine.provenance import environment
 from rightbatch.records.plan import Findings
 from workload_files import workloads_of
@@ -42,9 +42,8 @@ SEEDS = 3
 BUDGET_SHARE = 0.08
 """Budget of `find` over the cost of the sweep: starting its process has to fit below a tenth too."""
 LEAST_BUDGET_S = 5.0
-TIMING_S = 20.0
-MOST_RELATIVE = 5.0
-"""A policy's training that takes so many times the best's seconds is stopped."""
+TIMING_S = 10.0
+"""Processor seconds of the rounds that count."""
 
 
 class Question:
@@ -78,13 +77,14 @@ class Question:
             sys.exit(f"{self.name} never reached {self.target} in {truths.MOST_EPOCHS} epochs at any rate tried; name a target it reaches.")
         return tuned
 
-    def ask(self, budget_s: float) -> tuple[list[Policy], Findings | None, tuple[str, ...]]:
+    def ask(self, budget_s: float, slowdown: float) -> tuple[list[Policy], Findings | None, tuple[str, ...]]:
         """Return what every policy would train with, what `find` found, and which policies are missing and why."""
         lr = self.trainer.base_lr
-        found, findings, why = policies.find(self.workload, lr, budget_s=budget_s, verify=False)
-        verified, _, why_not = policies.find(self.workload, lr, budget_s=budget_s, verify=True)
+        ask = partial(policies.find, self.workload, lr, budget_s=budget_s, slowdown=slowdown)
+        found, findings, why = ask(verify=False)
+        verified, _, why_not = ask(verify=True)
         missing = tuple(f"{name}: {word}" for name, word in ((scoring.FIND, why), (scoring.VERIFY, why_not)) if word)
-        listed = (found, verified, *policies.others(findings, lr, self.train_size))
+        listed = (found, verified, *policies.others(findings, lr, self.train_size, max(self.sizes)))
         return [policy for policy in listed if policy is not None], findings, missing
 
     def answer(self, *, with_noise: bool) -> Row:
@@ -92,11 +92,11 @@ class Question:
         tuned = self.sweep()
         asked = self.truth.asked
         swept = {entry.size for entry in asked}
-        sample_s, _ = policies.seconds_per_sample(self.trainer, swept, TIMING_S)
-        budget_s = max(LEAST_BUDGET_S, BUDGET_SHARE * scoring.cost_s(asked, sample_s))
-        listed, findings, missing = self.ask(budget_s)
-        sample_s, disturbances = policies.seconds_per_sample(self.trainer, swept | {policy.timed_size for policy in listed}, TIMING_S)
-        sweep_s = scoring.cost_s(asked, sample_s)
+        before = policies.time_sizes(self.trainer, swept, TIMING_S / 2)
+        budget_s = max(LEAST_BUDGET_S, BUDGET_SHARE * scoring.cost_s(asked, before.sample_s))
+        listed, findings, missing = self.ask(budget_s, before.slowdown)
+        timing = policies.time_sizes(self.trainer, swept | {policy.timed_size for policy in listed}, TIMING_S)
+        sample_s, sweep_s = timing.sample_s, scoring.cost_s(asked, timing.sample_s)
         best = scoring.best_of(tuned, sample_s)
         listed.insert(0, policies.reference(best, sweep_s))
         return Row(
@@ -106,18 +106,18 @@ class Question:
             sample_s=sample_s,
             sweep_s=sweep_s,
             budget_s=budget_s,
-            scores=tuple(self._score(policy, best, sample_s, sweep_s) for policy in listed),
+            scores=tuple(scoring.score(policy, self._trained(policy, tuned), best, sample_s, sweep_s) for policy in listed),
             missing=missing,
             hyperbola=scoring.fit_hyperbola(tuned, np.random.default_rng(0)),
             findings=findings,
-            disturbances=disturbances,
+            slowdown=timing.slowdown,
+            disturbances=timing.reasons,
             noise=self._noise(tuned, findings) if with_noise else (),
         )
 
-    def _score(self, policy: Policy, best: truths.Tuned, sample_s: Mapping[int, float], sweep_s: float) -> Score:
-        most = MOST_RELATIVE * mean(best.samples) * sample_s[best.size] / sample_s[policy.timed_size]
-        trainings = self.truth.seeds(policy.size, policy.lr, self.seeds, most)
-        return scoring.score(policy, trainings, best, sample_s, sweep_s)
+    def _trained(self, policy: Policy, tuned: tuple[truths.Tuned, ...]) -> tuple[truths.Training, ...]:
+        most = truths.MOST_OVER_FEWEST * min(mean(entry.samples) for entry in tuned)
+        return self.truth.seeds(policy.size, policy.lr, self.seeds, most)
 
     def _noise(self, tuned: tuple[truths.Tuned, ...], findings: Findings | None) -> tuple[noise.GradientNoiseMeasurements, ...]:
         base = min(tuned, key=lambda entry: abs(entry.size - self.base_size))
@@ -150,7 +150,7 @@ def main() -> int:
     parser.add_argument("--truth", type=Path, help="cache of trainings, completed where something is missing")
     parser.add_argument("--sweep-only", action="store_true", help="complete the truth and stop")
     parser.add_argument("--noise", action="store_true", help="measure the noise scale along whole runs too")
-    parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+    parser.add_argument("--json", action="store_true", help="print one JSON document; the text goes to standard error")
     options = parser.parse_args()
     torch.set_num_threads(1)
     asked = questions(options)
@@ -167,14 +167,13 @@ def main() -> int:
         "date": datetime.now(UTC).date().isoformat(),
         "n": {question.name: question.seeds for question in asked},
         "threads": place.threads,
+        "slowdown": {row.name: round(row.slowdown, 1) for row in rows},
         "disturbances": {row.name: row.disturbances for row in rows},
     }
+    text = "\n\n".join((*map(report.show, rows), "\n".join(map(report.goal_line, goals))))
+    print(text, " · ".join(f"{key} {value}" for key, value in where.items()), sep="\n", file=sys.stderr if options.json else sys.stdout)
     if options.json:
         print(json.dumps({"goals": goals, "workloads": [report.document(row) for row in rows], "environment": where}, indent=2))
-    else:
-        print(*(report.show(row) for row in rows), sep="\n\n", end="\n\n")
-        print(*(report.goal_line(goal) for goal in goals), sep="\n")
-        print(" · ".join(f"{key} {value}" for key, value in where.items()))
     return 0 if all(goal["holds"] for goal in goals) else 1
 
 

@@ -1,15 +1,15 @@
 """What people would train with: the plans of `find`, common sizes at the base rate, the largest that fits, the noise at initialisation."""
 
 import inspect
+import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import rightbatch as rb
 from live_regret_scoring import FIND, VERIFY, Policy
 from live_regret_training import Trainer
 from live_regret_truth import Tuned, rounded
-from rightbatch.engine.rig import Rig
-from rightbatch.engine.step import train_step
 from rightbatch.errors import RightbatchError
 from rightbatch.fits.lr_scaling import couple_lr
 from rightbatch.fits.step_time import fit_step_time, is_decided
@@ -22,11 +22,19 @@ NOISE_AT_START = "noise scale at start"
 
 
 def find(
-    workload: rb.Workload, base_lr: float, *, budget_s: float, verify: bool, seed: int = 0
+    workload: rb.Workload, base_lr: float, *, budget_s: float, slowdown: float, verify: bool, seed: int = 0
 ) -> tuple[Policy | None, Findings | None, str]:
     """Ask `find` as a user does; return its plan as a policy, its findings, and a word on what went wrong or is missing.
 
     The cost is the seconds of its measuring: starting its process is left out, as loading and evaluating are left out of the sweep's.
+
+    Args:
+        workload: What is trained.
+        base_lr: Rate of a plan that names none.
+        budget_s: Seconds on an idle machine.
+        slowdown: How much longer everything takes here and now; the budget is longer by that, and the cost shorter.
+        verify: Whether to check by training.
+        seed: Of everything random.
     """
     asked = {"verify": True} if verify else {}
     if verify and "verify" not in inspect.signature(rb.find).parameters:
@@ -34,7 +42,7 @@ def find(
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", rb.RightbatchWarning)
-            plan = rb.find(workload, budget=f"{budget_s:.1f}s", device="cpu", threads=1, seed=seed, **asked)
+            plan = rb.find(workload, budget=f"{budget_s * slowdown:.1f}s", device="cpu", threads=1, seed=seed, **asked)
     except RightbatchError as error:
         return None, None, f"{type(error).__name__}: {error}"
     policy = Policy(
@@ -42,19 +50,23 @@ def find(
         size=plan.global_batch_size,
         lr=rounded(plan.lr or base_lr),
         timed_size=plan.micro_batch_size,
-        cost_s=plan.findings.duration_s,
+        cost_s=plan.findings.duration_s / slowdown,
         note="; ".join(str(warning.message).partition(";")[0] for warning in caught),
     )
     return policy, plan.findings, ""
 
 
-def others(findings: Findings | None, base_lr: float, train_size: int) -> tuple[Policy, ...]:
-    """The policies that need no tuning; the last two rest on what `find` measured."""
+def others(findings: Findings | None, base_lr: float, train_size: int, largest_timed: int) -> tuple[Policy, ...]:
+    """The policies that need no tuning; the last two rest on what `find` measured.
+
+    The largest that fits is taken to have the throughput of the largest size of the sweep, which is cheaper to time.
+    """
     found = [_at_base(str(size), min(size, train_size), base_lr) for size in COMMON]
     if findings is None:
         return tuple(found)
     if findings.memory is not None and findings.memory.ceiling:
-        found.append(_at_base("largest that fits", findings.memory.ceiling, base_lr))
+        largest = _at_base("largest that fits", findings.memory.ceiling, base_lr)
+        found.append(replace(largest, timed_size=min(largest.size, largest_timed)))
     noise = findings.noise_scale
     first = noise.snapshots[0].noise_scale if noise is not None and noise.snapshots else None
     if first is not None and first.value is not None and first.status is Status.OK:
@@ -73,22 +85,41 @@ def reference(best: Tuned, sweep_s: float) -> Policy:
     return Policy(name="sweep", size=best.size, lr=best.lr, timed_size=best.size, cost_s=sweep_s)
 
 
-def seconds_per_sample(trainer: Trainer, sizes: Iterable[int], budget_s: float) -> tuple[dict[int, float], tuple[str, ...]]:
-    """Median seconds a sample of every size, in interleaved rounds, and what disturbed them."""
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Seconds a sample by size, and how the machine was meanwhile."""
+
+    sample_s: Mapping[int, float]
+    slowdown: float
+    """Wall clock over processor time: 1 on an idle machine."""
+    reasons: tuple[str, ...]
+    """What disturbed the rounds."""
+
+
+class ProcessorClock:
+    """Processor time of this process: on a machine that others use too it does not count their turns."""
+
+    def now_s(self) -> float:
+        """Return seconds."""
+        return time.process_time()
+
+
+def time_sizes(trainer: Trainer, sizes: Iterable[int], budget_s: float) -> Timing:
+    """Median processor seconds a sample of every size, in interleaved rounds.
+
+    Args:
+        trainer: Of the workload, on the CPU.
+        sizes: Batch sizes.
+        budget_s: Processor seconds for the rounds.
+    """
     rig = trainer.rig()
-    _warm_up(rig)
+    rig.meters = replace(rig.meters, clock=ProcessorClock())
+    machine = step_time.contention(rig)
+    wall_s, processor_s = time.perf_counter(), time.process_time()
     measured = step_time.measure(
-        rig,
-        sorted(set(sizes)),
-        is_decided=is_decided,
-        budget_s=budget_s,
-        machine=step_time.contention(rig),
-        largest_affordable=None,
+        rig, sorted(set(sizes)), is_decided=is_decided, budget_s=budget_s, machine=machine, largest_affordable=None
     )
+    slowdown = (time.perf_counter() - wall_s) / (time.process_time() - processor_s)
     curve = fit_step_time(measured)
-    times = {point.micro_batch_size: (point.step_time_s.value or 0.0) / point.micro_batch_size for point in curve.points}
-    return times, curve.reasons
-
-
-def _warm_up(rig: Rig) -> None:
-    train_step(rig.new_trainee(), [rig.typical_batch(2)])
+    sample_s = {point.micro_batch_size: (point.step_time_s.value or 0.0) / point.micro_batch_size for point in curve.points}
+    return Timing(sample_s=sample_s, slowdown=max(1.0, slowdown), reasons=curve.reasons)

@@ -7,12 +7,15 @@ import live_regret_noise as noise
 from live_regret_scoring import Goal, Row, Score
 from rightbatch.records.estimates import Estimate, NoiseScale
 
+FOUND = {"recommendation", "step_time", "noise_scale", "tradeoff"}
+"""Of the findings of `find`: what tells where it loses time."""
+
 
 def show(row: Row) -> str:
     """Return one workload as tables."""
     best_s = row.scores[0].seconds or 1.0
     lines = [
-        f"{row.name}, {row.target}; the sweep took {row.sweep_s:.0f} s of steps; times are over its best",
+        f"{row.name}, {row.target}; sweep {row.sweep_s:.0f} s of steps, budget of find {row.budget_s:.0f} s; times are over the best",
         "    size  best rate  samples to target: mean  standard error  us a sample  time",
     ]
     for entry in row.tuned:
@@ -79,10 +82,11 @@ def document(row: Row) -> dict[str, object]:
         "target": row.target,
         "sweep": [{**asdict(entry), "seconds_per_sample": row.sample_s[entry.size]} for entry in row.tuned],
         "sweep_s": row.sweep_s,
+        "find_budget_s": row.budget_s,
         "policies": [{**asdict(entry), "reached": entry.reached, "regret": entry.regret} for entry in row.scores],
         "missing": row.missing,
         "critical_batch_size": asdict(row.hyperbola),
-        "found_critical_batch_size": None if row.found_critical is None else row.found_critical.model_dump(mode="json"),
+        "found": None if row.findings is None else row.findings.model_dump(mode="json", include=FOUND),
         "noise_along_runs": [noise.average_until(run, 1.0).model_dump(mode="json") for run in row.noise],
         "lines": noise_lines(row),
     }

@@ -87,6 +87,8 @@ class Row:
     """Policies that could not be scored, and why."""
     hyperbola: Hyperbola
     findings: Findings | None
+    slowdown: float
+    """Wall clock over processor time while the sizes were timed."""
     disturbances: tuple[str, ...]
     noise: tuple[GradientNoiseMeasurements, ...]
     """Along whole runs, one a seed; empty when it was not asked for."""

@@ -3,17 +3,24 @@
 import json
 import math
 import sys
+import warnings
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import findings_samples
 import live_regret
+import live_regret_policies as policies
 from live_regret_scoring import Policy, best_of, cost_s, fit_hyperbola, goals, score
 from live_regret_training import Crossing, Trainer
 from live_regret_truth import CONTENDS, REACH, Ending, Training, Truth, Tuned, fingerprint, hill_climb, rounded, sweep
+from rightbatch.errors import InconclusiveError, RightbatchWarning
+from rightbatch.fits.lr_scaling import couple_lr
 from rightbatch.workload.ingredients import Workload
 from workload_files import workloads_of
 
@@ -344,6 +351,64 @@ def test_functions_that_need_an_argument_are_left_out(tmp_path):
     assert list(workloads) == ["mine"]
 
 
+def fake_plan(**changes):
+    given = {"global_batch_size": 96, "micro_batch_size": 32, "lr": 0.3, "findings": SimpleNamespace(duration_s=30.0)}
+    return SimpleNamespace(**(given | changes))
+
+
+def test_find_gets_a_longer_budget_on_a_busy_machine_and_is_charged_for_an_idle_one(monkeypatch):
+    asked = {}
+
+    def fake_find(workload, **options):
+        asked.update(options)
+        warnings.warn("the recommendation is unstable; print(plan) says why.", RightbatchWarning, stacklevel=2)
+        return fake_plan()
+
+    monkeypatch.setattr(policies.rb, "find", fake_find)
+    found, _, why = policies.find(learnable(), 0.1, budget_s=10.0, slowdown=4.0, verify=False)
+    assert (asked["budget"], "verify" in asked, why) == ("40.0s", False, "")
+    assert (found.size, found.timed_size, found.lr, found.cost_s) == (96, 32, 0.3, 7.5)
+    assert found.note == "the recommendation is unstable"
+
+
+def test_a_plan_without_a_rate_is_trained_at_the_base_rate(monkeypatch):
+    monkeypatch.setattr(policies.rb, "find", lambda workload, **options: fake_plan(lr=None))
+    assert policies.find(learnable(), 0.1, budget_s=10.0, slowdown=1.0, verify=False)[0].lr == 0.1
+
+
+def test_verify_is_asked_for_where_it_exists_and_said_to_be_missing_where_it_does_not(monkeypatch):
+    def with_verify(workload, *, verify=False, **options):
+        return fake_plan(lr=0.5 if verify else 0.3)
+
+    ask = partial(policies.find, learnable(), 0.1, budget_s=10.0, slowdown=1.0, verify=True)
+    monkeypatch.setattr(policies.rb, "find", with_verify)
+    assert (ask()[0].name, ask()[0].lr) == ("find --verify", 0.5)
+    monkeypatch.setattr(policies.rb, "find", lambda workload, **options: fake_plan())
+    found, findings, why = ask()
+    assert (found, findings) == (None, None)
+    assert why.startswith("not available")
+
+
+def test_an_answer_that_find_refuses_is_a_missing_policy(monkeypatch):
+    def refuses(workload, **options):
+        raise InconclusiveError("too noisy")
+
+    monkeypatch.setattr(policies.rb, "find", refuses)
+    assert policies.find(learnable(), 0.1, budget_s=10.0, slowdown=1.0, verify=False) == (None, None, "InconclusiveError: too noisy")
+
+
+def test_policies_without_tuning_take_the_ceiling_and_the_noise_at_initialisation_from_find():
+    given = findings_samples.good()
+    found = {policy.name: policy for policy in policies.others(given, 0.1, 40_000, largest_timed=64)}
+    largest = found["largest that fits"]
+    assert (largest.size, largest.lr, largest.timed_size) == (given.memory.ceiling, 0.1, 64)
+    first = given.noise_scale.snapshots[0].noise_scale.value
+    assert found[policies.NOISE_AT_START].size == round(first)
+    assert found[policies.NOISE_AT_START].lr == rounded(0.1 * couple_lr(given.workload, first, round(first)).factor)
+    assert [policy.name for policy in policies.others(None, 0.1, 100, largest_timed=64)] == ["32", "128"]
+    assert policies.others(None, 0.1, 100, largest_timed=64)[1].size == 100
+
+
 USERS_FILE = """
 import torch
 import rightbatch as rb
@@ -364,9 +429,10 @@ def halves():
 """
 
 
-def found_in_a_moment(workload, base_lr, *, budget_s, verify):
+def found_in_a_moment(workload, base_lr, *, budget_s, slowdown, verify):
     assert isinstance(workload, Workload)
     assert budget_s > 0
+    assert slowdown >= 1
     if verify:
         return None, None, "not available"
     return Policy(name="find", size=24, lr=base_lr, timed_size=24, cost_s=0.0), None, ""
@@ -401,13 +467,13 @@ def test_a_file_of_the_user_is_swept_once_and_scored_as_one_document(monkeypatch
     assert document["environment"]["n"] == {"halves": 2}
     assert "halves: batch 24" in printed.err
     _, again = run_main(monkeypatch, capsys, tmp_path, *words)
-    assert again.err == "", "every training was remembered"
+    assert ", seed " not in again.err, "every training was remembered"
 
 
 def test_the_text_shows_every_size_every_policy_and_every_goal(monkeypatch, capsys, tmp_path):
     _, printed = run_main(monkeypatch, capsys, tmp_path, "--truth", str(tmp_path / "truth.json"), "--noise")
     lines = printed.out.splitlines()
-    assert lines[0].startswith("halves, accuracy>=0.9; the sweep took ")
+    assert lines[0].startswith("halves, accuracy>=0.9; sweep ")
     assert [line.split()[0] for line in lines[2:5]] == ["8", "16", "32"]
     for beginning in ("  sweep ", "  find ", "  32 ", "  128 ", "  find --verify: not available", "FAIL mean regret of find --verify"):
         assert any(line.startswith(beginning) for line in lines), beginning
