@@ -1,6 +1,6 @@
 """Time to a target of what `find` says, against a sweep with the rate tuned at every size, by real training.
 
-Run: python benchmarks/live_regret.py [--data cifar10_jpeg.npz] [--workloads FILE.py] [--truth FILE.json] [--noise] [--json]
+Run: python benchmarks/live_regret.py [--data cifar10_jpeg.npz] [--workloads FILE.py] [--truth FILE.json] [--noise] [--elsewhere] [--json]
 
 Three small CNNs (CIFAR-10 only with --data), or every public function of FILE.py that returns a ``rightbatch.Workload`` with ``valid``,
 ``metric``, ``optimizer`` and ``lr_batch_size`` when called without arguments. The file names what to reach: ``TARGETS = {"function":
@@ -13,6 +13,7 @@ One thread, on the CPU. Exit code 1: a goal does not hold.
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -77,24 +78,30 @@ class Question:
             sys.exit(f"{self.name} never reached {self.target} in {truths.MOST_EPOCHS} epochs at any rate tried; name a target it reaches.")
         return tuned
 
-    def ask(self, budget_s: float, slowdown: float) -> tuple[list[Policy], Findings | None, tuple[str, ...]]:
+    def ask(
+        self, tuned: Sequence[truths.Tuned], budget_s: float, slowdown: float, *, elsewhere: bool
+    ) -> tuple[list[Policy], Findings | None, tuple[str, ...]]:
         """Return what every policy would train with, what `find` found, and which policies are missing and why."""
         lr = self.trainer.base_lr
-        ask = partial(policies.find, self.workload, lr, budget_s=budget_s, slowdown=slowdown)
-        found, findings, why = ask(verify=False)
-        verified, _, why_not = ask(verify=True)
-        missing = tuple(f"{name}: {word}" for name, word in ((scoring.FIND, why), (scoring.VERIFY, why_not)) if word)
-        listed = (found, verified, *policies.others(findings, lr, self.train_size, max(self.sizes)))
-        return [policy for policy in listed if policy is not None], findings, missing
+        ask = partial(policies.find, budget_s=budget_s, slowdown=slowdown, verify=False)
+        answers = [ask(self.workload, lr), policies.find(self.workload, lr, budget_s=budget_s, slowdown=slowdown, verify=True)]
+        if elsewhere:
+            answers += policies.find_elsewhere(ask, self.workload, lr, tuned)
+        findings = answers[0][1]
+        listed = [policy for policy, _, _ in answers if policy is not None]
+        listed += policies.others(findings, lr, self.train_size, max(self.sizes))
+        names = (scoring.FIND, scoring.VERIFY, "find, rate from the smallest size", "find, rate from the largest size")
+        missing = tuple(f"{name}: {why}" for name, (_, _, why) in zip(names, answers, strict=False) if why)
+        return listed, findings, missing
 
-    def answer(self, *, with_noise: bool) -> Row:
+    def answer(self, *, with_noise: bool, elsewhere: bool) -> Row:
         """Ask every policy, train what they say, and compare with the sweep."""
         tuned = self.sweep()
         asked = self.truth.asked
         swept = {entry.size for entry in asked}
         before = policies.time_sizes(self.trainer, swept, TIMING_S / 2)
         budget_s = max(LEAST_BUDGET_S, BUDGET_SHARE * scoring.cost_s(asked, before.sample_s))
-        listed, findings, missing = self.ask(budget_s, before.slowdown)
+        listed, findings, missing = self.ask(tuned, budget_s, before.slowdown, elsewhere=elsewhere)
         timing = policies.time_sizes(self.trainer, swept | {policy.timed_size for policy in listed}, TIMING_S)
         sample_s, sweep_s = timing.sample_s, scoring.cost_s(asked, timing.sample_s)
         best = scoring.best_of(tuned, sample_s)
@@ -150,6 +157,7 @@ def main() -> int:
     parser.add_argument("--truth", type=Path, help="cache of trainings, completed where something is missing")
     parser.add_argument("--sweep-only", action="store_true", help="complete the truth and stop")
     parser.add_argument("--noise", action="store_true", help="measure the noise scale along whole runs too")
+    parser.add_argument("--elsewhere", action="store_true", help="ask find too with the rates of the smallest and the largest size")
     parser.add_argument("--json", action="store_true", help="print one JSON document; the text goes to standard error")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -158,7 +166,7 @@ def main() -> int:
         for question in asked:
             question.sweep()
         return 0
-    rows = [question.answer(with_noise=options.noise) for question in asked]
+    rows = [question.answer(with_noise=options.noise, elsewhere=options.elsewhere) for question in asked]
     goals = [*scoring.goals({row.name: row.scores for row in rows}), *scoring.critical_goals(rows)]
     place = environment(asked[0].trainer.rig(), "in-process")
     where = {

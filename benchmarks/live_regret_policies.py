@@ -3,8 +3,10 @@
 import inspect
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+
+import torch
 
 import rightbatch as rb
 from live_regret_scoring import FIND, VERIFY, Policy
@@ -18,12 +20,12 @@ from rightbatch.records.estimates import Status
 from rightbatch.records.plan import Findings
 
 COMMON = (32, 128)
+Answer = tuple[Policy | None, Findings | None, str]
+"""A plan, what it rests on, and a word on what went wrong or is missing."""
 NOISE_AT_START = "noise scale at start"
 
 
-def find(
-    workload: rb.Workload, base_lr: float, *, budget_s: float, slowdown: float, verify: bool, seed: int = 0
-) -> tuple[Policy | None, Findings | None, str]:
+def find(workload: rb.Workload, base_lr: float, *, budget_s: float, slowdown: float, verify: bool, seed: int = 0) -> Answer:
     """Ask `find` as a user does; return its plan as a policy, its findings, and a word on what went wrong or is missing.
 
     The cost is the seconds of its measuring: starting its process is left out, as loading and evaluating are left out of the sweep's.
@@ -54,6 +56,39 @@ def find(
         note="; ".join(str(warning.message).partition(";")[0] for warning in caught),
     )
     return policy, plan.findings, ""
+
+
+def find_elsewhere(
+    ask: Callable[[rb.Workload, float], Answer], workload: rb.Workload, base_lr: float, tuned: Sequence[Tuned]
+) -> list[Answer]:
+    """Ask `find` again as if the rate had been tuned at the smallest, and at the largest, size of the sweep.
+
+    Args:
+        ask: (workload, its rate) -> answer; see ``find``.
+        workload: What is trained.
+        base_lr: Rate of its optimizer.
+        tuned: The sweep, ascending in size.
+    """
+    answers: list[Answer] = []
+    for entry in (tuned[0], tuned[-1]):
+        policy, findings, why = ask(tuned_at(workload, base_lr, entry), entry.lr)
+        name = f"{FIND}, rate from {entry.size}"
+        answers.append((None if policy is None else replace(policy, name=name), findings, why))
+    return answers
+
+
+def tuned_at(workload: rb.Workload, base_lr: float, entry: Tuned) -> rb.Workload:
+    """The workload as somebody would give it who had tuned its rate at another size."""
+    build = workload.optimizer
+    assert build is not None, "checked when the question was made"  # noqa: S101
+
+    def optimizer(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        built = build(parameters)
+        for group in built.param_groups:
+            group["lr"] *= entry.lr / base_lr
+        return built
+
+    return replace(workload, optimizer=optimizer, lr_batch_size=entry.size)
 
 
 def others(findings: Findings | None, base_lr: float, train_size: int, largest_timed: int) -> tuple[Policy, ...]:

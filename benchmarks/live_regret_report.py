@@ -40,7 +40,7 @@ def _policy(entry: Score) -> str:
     time = f"{'' if entry.reached else '>'}{entry.relative:.2f}"
     error = "never" if entry.standard_error is None else f"{entry.standard_error:.2f}"
     seconds = "-" if entry.seconds is None else f"{entry.seconds:.2f}"
-    line = f"  {policy.name:20s} {policy.size:8d} {policy.lr:9.4g} {time:>7s} {error:>7s} {seconds:>8s} {entry.cost_share:8.1%}"
+    line = f"  {policy.name:21s} {policy.size:7d} {policy.lr:9.4g} {time:>7s} {error:>7s} {seconds:>8s} {entry.cost_share:8.1%}"
     return f"{line}  {policy.note}".rstrip()
 
 

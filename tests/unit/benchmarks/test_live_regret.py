@@ -397,6 +397,19 @@ def test_an_answer_that_find_refuses_is_a_missing_policy(monkeypatch):
     assert policies.find(learnable(), 0.1, budget_s=10.0, slowdown=1.0, verify=False) == (None, None, "InconclusiveError: too noisy")
 
 
+def test_a_rate_from_another_size_is_given_to_find_as_tuned_there():
+    asked = []
+
+    def ask(workload, lr):
+        (group,) = workload.optimizer([torch.zeros(1, requires_grad=True)]).param_groups
+        asked.append((workload.lr_batch_size, lr, group["lr"]))
+        return policy(64), None, ""
+
+    found = policies.find_elsewhere(ask, learnable(), 0.1, [entry(8, 90, lr=0.025), entry(32, 90), entry(512, 90, lr=0.4)])
+    assert asked == [(8, 0.025, pytest.approx(0.025)), (512, 0.4, pytest.approx(0.4))]
+    assert [answer[0].name for answer in found] == ["find, rate from 8", "find, rate from 512"]
+
+
 def test_policies_without_tuning_take_the_ceiling_and_the_noise_at_initialisation_from_find():
     given = findings_samples.good()
     found = {policy.name: policy for policy in policies.others(given, 0.1, 40_000, largest_timed=64)}
