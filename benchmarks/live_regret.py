@@ -1,0 +1,189 @@
+"""Time to a target of what `find` says, against a sweep with the rate tuned at every size, by real training.
+
+Run: python benchmarks/live_regret.py [--data cifar10_jpeg.npz] [--workloads FILE.py] [--truth FILE.json] [--noise] [--elsewhere] [--json]
+
+Three small CNNs (CIFAR-10 only with --data), or every public function of FILE.py that returns a ``rightbatch.Workload`` with ``valid``,
+``metric``, ``optimizer`` and ``lr_batch_size`` when called without arguments. The file names what to reach: ``TARGETS = {"function":
+"accuracy>=0.9"}`` (the word before >= is only a name), and may hold ``SIZES`` and ``SEEDS``. Trainings are kept in the truth file and only
+missing ones are made. Samples to the target do not depend on how busy the machine is; seconds are samples times the median processor
+seconds a sample of interleaved rounds over all sizes. On a machine that others use, `find` gets a budget that is longer by what they take.
+One thread, on the CPU. Exit code 1: a goal does not hold.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from types import ModuleType
+
+import numpy as np
+import torch
+
+import live_regret_noise as noise
+import live_regret_policies as policies
+import live_regret_report as report
+import live_regret_scoring as scoring
+import live_regret_training as training
+import live_regret_truth as truths
+import rightbatch as rb
+from live_regret_scoring import Policy, Row
+from rightbatch.engine.provenance import environment
+from rightbatch.records.plan import Findings
+from workload_files import workloads_of
+
+BUILT_IN = Path(__file__).with_name("live_regret_workloads.py")
+RECORD = Path(__file__).parent / "records" / "2026-11-24_cpu_live-regret" / "truth.json"
+USERS_RECORD = Path("rightbatch-runs") / "live-regret-truth.json"
+SIZES = tuple(2**power for power in range(4, 12))
+SEEDS = 3
+BUDGET_SHARE = 0.08
+"""Budget of `find` over the cost of the sweep: starting its process has to fit below a tenth too."""
+LEAST_BUDGET_S = 5.0
+TIMING_S = 10.0
+"""Processor seconds of the rounds that count."""
+
+
+class Question:
+    """One workload with its target, its sweep and its truth.
+
+    Args:
+        name: Of the function that made it.
+        workload: What is trained.
+        module: The file it comes from.
+        truth_path: The cache of trainings.
+    """
+
+    def __init__(self, name: str, workload: rb.Workload, module: ModuleType, truth_path: Path) -> None:
+        if workload.optimizer is None or workload.lr_batch_size is None:
+            sys.exit(f"{name} must have optimizer= and lr_batch_size=, the size at which its rate was tuned; one of them is missing.")
+        targets = getattr(module, "TARGETS", {})
+        if name not in targets:
+            sys.exit(f'the file of {name} must say what to reach: TARGETS = {{"{name}": "accuracy>=0.9"}}; it has {targets}.')
+        self.name, self.workload, self.target = name, workload, targets[name]
+        self.base_size, self.train_size = workload.lr_batch_size, len(workload.train)
+        self.seeds = getattr(module, "SEEDS", {}).get(name, SEEDS)
+        self.sizes = [size for size in getattr(module, "SIZES", {}).get(name, SIZES) if size <= self.train_size]
+        self.trainer = training.Trainer(workload, float(self.target.partition(">=")[2]))
+        key = truths.fingerprint(Path(module.__file__ or ""), name, self.target, training.PROTOCOL, self.train_size)
+        self.truth = truths.Truth(truth_path, name, key, self.trainer, lambda line: print(line, file=sys.stderr, flush=True))
+
+    def sweep(self) -> tuple[truths.Tuned, ...]:
+        """Complete the truth."""
+        tuned = truths.sweep(self.truth, self.sizes, (self.base_size, self.trainer.base_lr), self.train_size, self.seeds)
+        if not tuned:
+            sys.exit(f"{self.name} never reached {self.target} in {truths.MOST_EPOCHS} epochs at any rate tried; name a target it reaches.")
+        return tuned
+
+    def ask(
+        self, tuned: Sequence[truths.Tuned], budget_s: float, slowdown: float, *, elsewhere: bool
+    ) -> tuple[list[Policy], Findings | None, tuple[str, ...]]:
+        """Return what every policy would train with, what `find` found, and which policies are missing and why."""
+        lr = self.trainer.base_lr
+        ask = partial(policies.find, budget_s=budget_s, slowdown=slowdown, verify=False)
+        answers = [ask(self.workload, lr), policies.find(self.workload, lr, budget_s=budget_s, slowdown=slowdown, verify=True)]
+        if elsewhere:
+            answers += policies.find_elsewhere(ask, self.workload, lr, tuned)
+        findings = answers[0][1]
+        listed = [policy for policy, _, _ in answers if policy is not None]
+        listed += policies.others(findings, lr, self.train_size, max(self.sizes))
+        names = (scoring.FIND, scoring.VERIFY, "find, rate from the smallest size", "find, rate from the largest size")
+        missing = tuple(f"{name}: {why}" for name, (_, _, why) in zip(names, answers, strict=False) if why)
+        return listed, findings, missing
+
+    def answer(self, *, with_noise: bool, elsewhere: bool) -> Row:
+        """Ask every policy, train what they say, and compare with the sweep."""
+        tuned = self.sweep()
+        asked = self.truth.asked
+        swept = {entry.size for entry in asked}
+        before = policies.time_sizes(self.trainer, swept, TIMING_S / 2)
+        budget_s = max(LEAST_BUDGET_S, BUDGET_SHARE * scoring.cost_s(asked, before.sample_s))
+        listed, findings, missing = self.ask(tuned, budget_s, before.slowdown, elsewhere=elsewhere)
+        timing = policies.time_sizes(self.trainer, swept | {policy.timed_size for policy in listed}, TIMING_S)
+        sample_s, sweep_s = timing.sample_s, scoring.cost_s(asked, timing.sample_s)
+        best = scoring.best_of(tuned, sample_s)
+        listed.insert(0, policies.reference(best, sweep_s))
+        return Row(
+            name=self.name,
+            target=self.target,
+            tuned=tuned,
+            sample_s=sample_s,
+            sweep_s=sweep_s,
+            budget_s=budget_s,
+            scores=tuple(scoring.score(policy, self._trained(policy, tuned), best, sample_s, sweep_s) for policy in listed),
+            missing=missing,
+            hyperbola=scoring.fit_hyperbola(tuned, np.random.default_rng(0)),
+            findings=findings,
+            slowdown=timing.slowdown,
+            disturbances=timing.reasons,
+            noise=self._noise(tuned, findings) if with_noise else (),
+        )
+
+    def _trained(self, policy: Policy, tuned: tuple[truths.Tuned, ...]) -> tuple[truths.Training, ...]:
+        most = truths.MOST_OVER_FEWEST * min(mean(entry.samples) for entry in tuned)
+        return self.truth.seeds(policy.size, policy.lr, self.seeds, most)
+
+    def _noise(self, tuned: tuple[truths.Tuned, ...], findings: Findings | None) -> tuple[noise.GradientNoiseMeasurements, ...]:
+        base = min(tuned, key=lambda entry: abs(entry.size - self.base_size))
+        batch_norm = findings is not None and findings.workload.batch_norm
+        run = partial(noise.along_a_run, self.trainer, base.size, base.lr, mean(base.samples), batch_norm=batch_norm)
+        return tuple(run(seed=seed) for seed in range(noise.SEEDS))
+
+
+def questions(options: argparse.Namespace) -> list[Question]:
+    """Load the workloads that are asked for."""
+    path = options.workloads or BUILT_IN
+    sys.path.insert(0, str(path.resolve().parent))  # where `find` measures, in another process, the file is imported again
+    workloads, module = workloads_of(path)
+    if options.workloads is None and options.data is not None:
+        workloads["cifar10"] = module.cifar10(options.data)
+    elif options.workloads is None:
+        print("CIFAR-10 is left out: give --data to include it.", file=sys.stderr)
+    chosen = {name: value for name, value in workloads.items() if not options.only or name in options.only}
+    if not chosen:
+        sys.exit(f"--only must name some of {', '.join(workloads)}; got {' '.join(options.only)}.")
+    truth_path = options.truth or (RECORD if options.workloads is None else USERS_RECORD)
+    return [Question(name, workload, module, truth_path) for name, workload in chosen.items()]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workloads", type=Path, help="file of functions that return workloads; the built-in three by default")
+    parser.add_argument("--data", help="CIFAR-10 in one of the forms of examples/cifar10.py; without it that workload is left out")
+    parser.add_argument("--only", nargs="+", help="names of workloads")
+    parser.add_argument("--truth", type=Path, help="cache of trainings, completed where something is missing")
+    parser.add_argument("--sweep-only", action="store_true", help="complete the truth and stop")
+    parser.add_argument("--noise", action="store_true", help="measure the noise scale along whole runs too")
+    parser.add_argument("--elsewhere", action="store_true", help="ask find too with the rates of the smallest and the largest size")
+    parser.add_argument("--json", action="store_true", help="print one JSON document; the text goes to standard error")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    asked = questions(options)
+    if options.sweep_only:
+        for question in asked:
+            question.sweep()
+        return 0
+    rows = [question.answer(with_noise=options.noise, elsewhere=options.elsewhere) for question in asked]
+    goals = [*scoring.goals({row.name: row.scores for row in rows}), *scoring.critical_goals(rows)]
+    place = environment(asked[0].trainer.rig(), "in-process")
+    where = {
+        "device": place.device_name,
+        "versions": dict(place.versions),
+        "date": datetime.now(UTC).date().isoformat(),
+        "n": {question.name: question.seeds for question in asked},
+        "threads": place.threads,
+        "slowdown": {row.name: round(row.slowdown, 1) for row in rows},
+        "disturbances": {row.name: row.disturbances for row in rows},
+    }
+    text = "\n\n".join((*map(report.show, rows), "\n".join(map(report.goal_line, goals))))
+    print(text, " · ".join(f"{key} {value}" for key, value in where.items()), sep="\n", file=sys.stderr if options.json else sys.stdout)
+    if options.json:
+        print(json.dumps({"goals": goals, "workloads": [report.document(row) for row in rows], "environment": where}, indent=2))
+    return 0 if all(goal["holds"] for goal in goals) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
