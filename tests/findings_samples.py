@@ -4,6 +4,7 @@
 accumulating pays until 512. Its step times follow t(b) = (t0**p + (b / tau)**p)**(1/p) and its costs (1 + B_crit / b) * t(b).
 """
 
+from rightbatch.records.devices import DeviceCurve, DevicePoint, Interconnect
 from rightbatch.records.environment import Environment
 from rightbatch.records.estimates import (
     Certificate,
@@ -234,6 +235,37 @@ def _comparison(label: str, size: int, accumulation_steps: int = 1) -> Compariso
     )
 
 
+def devices() -> DeviceCurve:
+    """Five numbers of devices under the same laws, each at its best of a few batches, with a fast link."""
+    link = Interconnect(bytes_per_s=10 * 2**30, latency_s=2e-5)
+    gradient_bytes = 4 * workload().trainable_parameter_count
+    points: list[DevicePoint] = []
+    for ranks in (1, 2, 4, 8, 16):
+        exchange_s = 2 * (ranks - 1) * (link.latency_s + gradient_bytes / (ranks * link.bytes_per_s))
+        costs = {m: (1 + CRITICAL_BATCH_SIZE / (m * ranks)) * (_step_time_s(m) + exchange_s) for m in (64, 128, 256, 512)}
+        micro = min(costs, key=costs.__getitem__)
+        alone = min(_cost(size, _step_time_s(size)) for size in (64, 128, 256, 512))
+        points.append(
+            DevicePoint(
+                ranks=ranks,
+                global_batch_size=micro * ranks,
+                micro_batch_size=micro,
+                accumulation_steps=1,
+                exchange_time_s=exchange_s,
+                relative_time=_around(costs[micro] / alone, 0.1, n=400),
+                efficiency=_around(alone / costs[micro] / ranks, 0.1, n=400),
+                evidence="measured" if ranks == 1 else "extrapolated",
+            )
+        )
+    pays = max(point.ranks for point in points if (point.efficiency.value or 0) >= 0.5)
+    return DeviceCurve(
+        points=tuple(points),
+        pays_up_to=Estimate(value=pays, low=pays / 2, high=pays * 2, n=400),
+        interconnect=link,
+        gradient_bytes=gradient_bytes,
+    )
+
+
 def recommendation() -> Recommendation:
     return Recommendation(
         status="ok",
@@ -268,6 +300,7 @@ def recommendation() -> Recommendation:
             Sensitivity(change="twice the memory", global_batch_size=512),
         ),
         advice=("60000 samples leave a last batch of 96: drop it or keep it as a smaller step.",),
+        devices=devices(),
     )
 
 

@@ -91,6 +91,10 @@ class FindOptions:
     """Largest global batch size to recommend, in samples."""
     world_size: Positive = 1
     """Processes that will train together (data parallel)."""
+    link_speed: Annotated[Size | None, Parameter(show_default=False)] = None
+    """Bytes a second that a device exchanges gradients at, such as 10GiB, to predict more devices; without it, exchanging is free."""
+    link_latency: Annotated[Duration | None, Parameter(show_default=False)] = None
+    """Time that a message between devices takes however short it is, such as 0.02ms; needs --link-speed."""
 
 
 @Parameter(name="*")

@@ -5,6 +5,7 @@ from typing import Literal
 
 import numpy as np
 
+from rightbatch.fits.devices import fit_devices
 from rightbatch.fits.lr_scaling import couple_lr
 from rightbatch.fits.tradeoff import CostDraws, draw_costs, relative_to_best, summarise
 from rightbatch.recommend.advice import Context, advise
@@ -149,6 +150,7 @@ def _at_optimum(request: _Request, draws: CostDraws, step_time: StepTimeCurve) -
         comparisons=_comparisons(request, draws, chosen),
         sensitivities=_sensitivities(request, draws),
         advice=advise(_context(request, status, plan)),
+        devices=fit_devices(draws, workload=request.workload, constraints=request.constraints),
     )
 
 

@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from rightbatch.records.devices import DeviceCurve, Interconnect
 from rightbatch.records.environment import Environment
 from rightbatch.records.estimates import Estimate, LoaderCurve, MemoryCurve, NoiseScale, StepTimeCurve, Tradeoff
 from rightbatch.records.measurements import WorkloadSummary
@@ -29,6 +30,8 @@ class Constraints(Record):
 
     max_global_batch_size: PositiveInt | None = None
     world_size: PositiveInt = 1
+    interconnect: Interconnect | None = None
+    """What gradients are exchanged over; none assumes that the exchange takes no time."""
 
 
 class Objective(Record):
@@ -136,6 +139,8 @@ class Recommendation(Record):
     sensitivities: tuple[Sensitivity, ...]
     advice: tuple[str, ...]
     """Things to know or to do: last-batch trouble, a loader that limits, what to measure next."""
+    devices: DeviceCurve | None = None
+    """Time and efficiency by number of devices; none without a noise scale."""
 
 
 class Findings(Record):

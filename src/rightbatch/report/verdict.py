@@ -5,7 +5,7 @@ from datetime import datetime
 
 from rightbatch.records.estimates import MemoryCurve, NoiseScale, Status, ThroughputPoint, TradeoffPoint
 from rightbatch.records.plan import BatchPlan, Findings, LrCoupling, Recommendation
-from rightbatch.report import decision_sections, measured_sections
+from rightbatch.report import decision_sections, device_section, measured_sections
 from rightbatch.report.document import KeyNumber, Section, SizeRow, Verdict
 from rightbatch.report.phrases import estimate, listed, number, percent, plain, split
 from rightbatch.units import format_bytes, format_number
@@ -246,6 +246,7 @@ def _sections(findings: Findings, now: datetime | None) -> tuple[Section, ...]:
         measured_sections.noise(findings),
         decision_sections.learning_rate(findings),
         decision_sections.practice(findings),
+        device_section.devices(findings),
         decision_sections.change(findings),
         decision_sections.limits(findings),
         decision_sections.provenance(findings, now),
