@@ -88,7 +88,8 @@ def build_request(command: str, measuring: MeasureOptions, wanted: FindOptions, 
     from rightbatch.tuner.request import Part, Request
 
     return Request(
-        parts=frozenset(Part(part) for part in PARTS[command]),
+        parts=frozenset(Part(part) for part in PARTS[command]) | ({Part.LR_RANGE} if wanted.lr_range else frozenset()),
+        lr_range_if_untuned=command == "find",
         objective=Objective(goal=Goal(wanted.goal)),
         constraints=Constraints(
             max_global_batch_size=wanted.max_global_batch, world_size=wanted.world_size, interconnect=interconnect(wanted)

@@ -91,6 +91,8 @@ class FindOptions:
     """Largest global batch size to recommend, in samples."""
     world_size: Positive = 1
     """Processes that will train together (data parallel)."""
+    lr_range: Flag = False
+    """Test learning rates by short runs even if the workload says where its own was tuned; without a tuned one that is done anyway."""
     link_speed: Annotated[Size | None, Parameter(show_default=False)] = None
     """Bytes a second that a device exchanges gradients at, such as 10GiB, to predict more devices; without it, exchanging is free."""
     link_latency: Annotated[Duration | None, Parameter(show_default=False)] = None

@@ -157,6 +157,7 @@ class Rig:
             weight_decay=defaults.get("weight_decay"),
             lr=float(trainee.optimizer.param_groups[0]["lr"]) if given else None,
             lr_batch_size=self.workload.lr_batch_size,
+            clip_norm=self.workload.clip_norm,
             num_workers=self.workload.num_workers,
             precision=self.workload.precision,
             channels_last=self.workload.channels_last,

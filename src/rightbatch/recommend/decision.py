@@ -166,7 +166,14 @@ def _is_narrow(tradeoff: Tradeoff | None) -> bool:
 def _plan(request: _Request, draws: CostDraws, chosen: int) -> tuple[BatchPlan, LrCoupling]:
     workload, candidate = request.workload, draws.candidates[chosen]
     critical = None if request.tradeoff is None else request.tradeoff.critical_batch_size.value
-    lr = couple_lr(workload, critical, candidate.global_batch_size)
+    snapshots = () if request.noise_scale is None else request.noise_scale.snapshots
+    lr = couple_lr(
+        workload,
+        critical,
+        candidate.global_batch_size,
+        micro_batch_size=candidate.micro_batch_size,
+        snapshot=snapshots[-1] if snapshots else None,
+    )
     coupled = lr.base_lr * lr.factor if lr.base_lr is not None and lr.base_batch_size is not None else None
     plan = BatchPlan(
         global_batch_size=candidate.global_batch_size,

@@ -8,6 +8,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from rightbatch.records.devices import DeviceCurve, Interconnect
 from rightbatch.records.environment import Environment
 from rightbatch.records.estimates import Estimate, LoaderCurve, MemoryCurve, NoiseScale, StepTimeCurve, Tradeoff
+from rightbatch.records.lr_range import LrRange
 from rightbatch.records.measurements import WorkloadSummary
 from rightbatch.records.record import SCHEMA_VERSION, Record
 
@@ -73,11 +74,13 @@ class BatchPlan(Record):
 class LrCoupling(Record):
     """How the learning rate follows the batch size, and what else moves with it."""
 
-    rule: Literal["saturating linear", "square root", "none"]
+    rule: Literal["saturating linear", "square root", "saturating power", "none"]
     factor: PositiveFloat
     """Recommended rate over the rate at ``base_batch_size``."""
     base_lr: PositiveFloat | None
     base_batch_size: PositiveInt | None
+    base_is_tested: bool = False
+    """Whether that rate comes from the range test of this run; else it is the user's."""
     validity: str
     """One sentence: where the rule holds, and where it stops."""
     companions: tuple[tuple[str, str], ...] = ()
@@ -157,6 +160,7 @@ class Findings(Record):
     loader: LoaderCurve | None
     noise_scale: NoiseScale | None
     tradeoff: Tradeoff | None
+    lr_range: LrRange | None = None
     reused_parts: tuple[str, ...] = ()
     """Measurements taken over from an earlier run of the same thing."""
     measured_at: str

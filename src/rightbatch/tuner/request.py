@@ -5,6 +5,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from rightbatch.records.measurements import WorkloadSummary
 from rightbatch.records.plan import Constraints, Objective
 
 
@@ -15,14 +16,21 @@ class Part(StrEnum):
     STEP_TIME = "step_time"
     LOADER = "loader"
     GRADIENT_NOISE = "gradient_noise"
+    LR_RANGE = "lr_range"
+
+
+STANDARD_PARTS = frozenset(Part) - {Part.LR_RANGE}
+"""What an answer rests on; the range test is added where no tuned rate is known, or on request."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """Everything that changes what is measured or decided."""
 
-    parts: frozenset[Part] = frozenset(Part)
+    parts: frozenset[Part] = STANDARD_PARTS
     """Questions to answer; the recommendation says what it lacks when some are left out."""
+    lr_range_if_untuned: bool = False
+    """Whether to add the learning-rate range test for a workload that does not say where its rate was tuned."""
     objective: Objective = field(default_factory=Objective)
     constraints: Constraints = field(default_factory=Constraints)
     device: str = "auto"
@@ -52,6 +60,13 @@ class Request:
     """Measure again what an earlier run in the folder has already measured."""
     save: bool = True
     """Whether to write a run folder at all."""
+
+
+def parts_of(request: Request, workload: WorkloadSummary | None) -> frozenset[Part]:
+    """The questions of a request for a workload, as far as it is known: the range test may have to be added."""
+    if request.lr_range_if_untuned and workload is not None and workload.lr_batch_size is None:
+        return request.parts | {Part.LR_RANGE}
+    return request.parts
 
 
 class Source(Protocol):
