@@ -4,6 +4,7 @@
 accumulating pays until 512. Its step times follow t(b) = (t0**p + (b / tau)**p)**(1/p) and its costs (1 + B_crit / b) * t(b).
 """
 
+from rightbatch.records.devices import DeviceCurve, DevicePoint, Interconnect
 from rightbatch.records.environment import Environment
 from rightbatch.records.estimates import (
     Certificate,
@@ -22,6 +23,7 @@ from rightbatch.records.estimates import (
     Tradeoff,
     TradeoffPoint,
 )
+from rightbatch.records.lr_range import LrRange, LrVerdict
 from rightbatch.records.measurements import MemoryLimit, MemoryPoint, Outcome, WorkloadSummary
 from rightbatch.records.plan import BatchPlan, Binding, Comparison, Findings, LrCoupling, Objective, Recommendation, Sensitivity
 
@@ -234,6 +236,37 @@ def _comparison(label: str, size: int, accumulation_steps: int = 1) -> Compariso
     )
 
 
+def devices() -> DeviceCurve:
+    """Five numbers of devices under the same laws, each at its best of a few batches, with a fast link."""
+    link = Interconnect(bytes_per_s=10 * 2**30, latency_s=2e-5)
+    gradient_bytes = 4 * workload().trainable_parameter_count
+    points: list[DevicePoint] = []
+    for ranks in (1, 2, 4, 8, 16):
+        exchange_s = 2 * (ranks - 1) * (link.latency_s + gradient_bytes / (ranks * link.bytes_per_s))
+        costs = {m: (1 + CRITICAL_BATCH_SIZE / (m * ranks)) * (_step_time_s(m) + exchange_s) for m in (64, 128, 256, 512)}
+        micro = min(costs, key=costs.__getitem__)
+        alone = min(_cost(size, _step_time_s(size)) for size in (64, 128, 256, 512))
+        points.append(
+            DevicePoint(
+                ranks=ranks,
+                global_batch_size=micro * ranks,
+                micro_batch_size=micro,
+                accumulation_steps=1,
+                exchange_time_s=exchange_s,
+                relative_time=_around(costs[micro] / alone, 0.1, n=400),
+                efficiency=_around(alone / costs[micro] / ranks, 0.1, n=400),
+                evidence="measured" if ranks == 1 else "extrapolated",
+            )
+        )
+    pays = max(point.ranks for point in points if (point.efficiency.value or 0) >= 0.5)
+    return DeviceCurve(
+        points=tuple(points),
+        pays_up_to=Estimate(value=pays, low=pays / 2, high=pays * 2, n=400),
+        interconnect=link,
+        gradient_bytes=gradient_bytes,
+    )
+
+
 def recommendation() -> Recommendation:
     return Recommendation(
         status="ok",
@@ -268,6 +301,7 @@ def recommendation() -> Recommendation:
             Sensitivity(change="twice the memory", global_batch_size=512),
         ),
         advice=("60000 samples leave a last batch of 96: drop it or keep it as a smaller step.",),
+        devices=devices(),
     )
 
 
@@ -413,6 +447,52 @@ def at_least() -> Findings:
     return good().model_copy(update={"memory": capped, "noise_scale": noise})
 
 
+def lr_range() -> LrRange:
+    """Five rates at batch 64: two tie, the largest diverged."""
+    losses = {0.025: 1.42, 0.05: 1.31, 0.1: 1.22, 0.2: 1.215, 0.4: 1.35, 0.8: None}
+    verdicts = tuple(
+        LrVerdict(
+            lr=lr,
+            loss=loss,
+            excess=None if loss is None else Estimate(value=loss - 1.215, low=loss - 1.235, high=loss - 1.195, n=12),
+            is_tied=lr in {0.1, 0.2},
+        )
+        for lr, loss in losses.items()
+    )
+    return LrRange(
+        value=0.2,
+        low=0.0707,
+        high=0.283,
+        n=76_800,
+        status=Status.OK,
+        batch_size=64,
+        optimizer="SGD",
+        divergence_edge=0.8,
+        verdicts=verdicts,
+    )
+
+
+def untuned() -> Findings:
+    """The workload does not say where its rate was tuned, so rates were tested."""
+    work = workload().model_copy(update={"optimizer": "SGD", "momentum": 0.9, "lr_batch_size": None})
+    plan = recommendation().plan
+    tested = recommendation().model_copy(
+        update={
+            "plan": plan and plan.model_copy(update={"lr": 1.2}),
+            "lr": LrCoupling(
+                rule="saturating linear",
+                factor=6.0,
+                base_lr=0.2,
+                base_batch_size=64,
+                base_is_tested=True,
+                validity="Linear well below the noise scale, 2400, and saturating above it; keep momentum and warm up.",
+                companions=(("warm-up", "the same number of samples: 0.125 times the steps"),),
+            ),
+        }
+    )
+    return good().model_copy(update={"workload": work, "recommendation": tested, "lr_range": lr_range()})
+
+
 def hostile_names() -> Findings:
     """Names that try to leave the place they are written in."""
     nasty = memory().model_copy(update={"peak_module": HOSTILE_MARKUP, "peak_operation": HOSTILE_NAME, "allocator": HOSTILE_NAME})
@@ -428,5 +508,5 @@ def hostile_names() -> Findings:
     return good().model_copy(update={"workload": workload(HOSTILE_NAME), "memory": nasty, "environment": place, "recommendation": answer})
 
 
-ALL = {sample.__name__: sample for sample in (good, memory_only, inconclusive, nothing_fits, unstable, at_least, hostile_names)}
+ALL = {sample.__name__: sample for sample in (good, memory_only, inconclusive, nothing_fits, unstable, at_least, untuned, hostile_names)}
 """Every sample, by name."""

@@ -13,7 +13,7 @@ from rightbatch.records.plan import BatchPlan, Constraints, Findings, Goal, Obje
 from rightbatch.report.html import render_html, render_notebook
 from rightbatch.report.text import render_text
 from rightbatch.tuner.find import find as find_run
-from rightbatch.tuner.request import FROZEN_PARTS, Part, Request, SilentProgress
+from rightbatch.tuner.request import STANDARD_PARTS, Part, Request, SilentProgress
 from rightbatch.units import parse_bytes, parse_duration_s
 from rightbatch.workload.ingredients import Precision, Workload
 
@@ -90,6 +90,7 @@ def find(
     seed: int = 0,
     threads: int | None = None,
     isolation: Literal["child", "in-process"] = "child",
+    lr_range: bool = False,
     out: str | Path | None = None,
 ) -> FoundPlan:
     """Measure a workload and return the batch plan to train it with.
@@ -110,6 +111,7 @@ def find(
         seed: Seed of everything random.
         threads: Threads torch computes with; ``None`` leaves its default.
         isolation: ``child`` measures in a process of its own; ``in-process`` here, and puts everything back.
+        lr_range: Whether to test learning rates even if the workload says where its own was tuned; without a tuned one that is done anyway.
         out: Run folder to keep everything in; ``None`` keeps nothing. Of several ranks the first writes it.
 
     Returns:
@@ -123,7 +125,8 @@ def find(
         RankError: Another rank failed; the message names it and its reason.
     """
     request = Request(
-        parts=FROZEN_PARTS | ({Part.BRANCHES} if verify else set()),
+        parts=STANDARD_PARTS | ({Part.BRANCHES} if verify else frozenset()) | ({Part.LR_RANGE} if lr_range else frozenset()),
+        lr_range_if_untuned=True,
         objective=Objective(goal=Goal(goal)),
         constraints=Constraints(max_global_batch_size=max_global_batch),
         device=device,

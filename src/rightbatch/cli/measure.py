@@ -12,9 +12,10 @@ from rightbatch.errors import RunFolderError, UsageError
 from rightbatch.units import format_bytes
 
 if TYPE_CHECKING:
+    from rightbatch.records.devices import Interconnect
     from rightbatch.records.estimates import MemoryCurve
     from rightbatch.records.plan import Findings
-    from rightbatch.tuner.request import Request
+    from rightbatch.tuner.request import Part, Request
     from rightbatch.workload.source import WorkloadSource
 
 ANSWERED, CHECK_FAILED, NOTHING_FITS, INCONCLUSIVE = 0, 1, 4, 5
@@ -87,9 +88,12 @@ def build_request(command: str, measuring: MeasureOptions, wanted: FindOptions, 
     from rightbatch.tuner.request import Part, Request
 
     return Request(
-        parts=frozenset(Part(part) for part in (*PARTS[command], *(("branches",) if wanted.verify else ()))),
+        parts=frozenset(Part(part) for part in PARTS[command]) | _extra_parts(wanted),
+        lr_range_if_untuned=command == "find",
         objective=Objective(goal=Goal(wanted.goal)),
-        constraints=Constraints(max_global_batch_size=wanted.max_global_batch, world_size=wanted.world_size),
+        constraints=Constraints(
+            max_global_batch_size=wanted.max_global_batch, world_size=wanted.world_size, interconnect=interconnect(wanted)
+        ),
         device=measuring.device,
         precision=measuring.precision,
         max_batch=measuring.max_batch,
@@ -104,6 +108,28 @@ def build_request(command: str, measuring: MeasureOptions, wanted: FindOptions, 
         alternatives=command == "memory",
         malloc=memory.malloc,
     )
+
+
+def interconnect(wanted: FindOptions) -> "Interconnect | None":
+    """Return what gradients are exchanged over, as the options state it; none when they do not.
+
+    Raises:
+        UsageError: A latency without a speed.
+    """
+    from rightbatch.records.devices import Interconnect
+
+    if wanted.link_speed is None:
+        if wanted.link_latency is not None:
+            raise UsageError("--link-latency needs --link-speed, without which exchanging is free; got the latency alone; add the speed.")
+        return None
+    return Interconnect(bytes_per_s=wanted.link_speed, latency_s=wanted.link_latency or 0.0)
+
+
+def _extra_parts(wanted: FindOptions) -> "frozenset[Part]":
+    from rightbatch.tuner.request import Part
+
+    asked = {Part.BRANCHES: wanted.verify, Part.LR_RANGE: wanted.lr_range}
+    return frozenset(part for part, is_asked in asked.items() if is_asked)
 
 
 def check_expectation(expected: int | None, max_batch: int | None) -> None:

@@ -93,6 +93,12 @@ class FindOptions:
     """Processes that will train together (data parallel)."""
     verify: Flag = False
     """Check the answer by training from a checkpoint at several sizes; takes half of the budget."""
+    lr_range: Flag = False
+    """Test learning rates by short runs even if the workload says where its own was tuned; without a tuned one that is done anyway."""
+    link_speed: Annotated[Size | None, Parameter(show_default=False)] = None
+    """Bytes a second that a device exchanges gradients at, such as 10GiB, to predict more devices; without it, exchanging is free."""
+    link_latency: Annotated[Duration | None, Parameter(show_default=False)] = None
+    """Time that a message between devices takes however short it is, such as 0.02ms; needs --link-speed."""
 
 
 @Parameter(name="*")

@@ -19,7 +19,7 @@ from rightbatch.workload.ingredients import Batch, Precision, Workload, map_tens
 
 _POOL_SIZE = 256
 _DESCRIBED_SAMPLES = 4
-_STAND_IN_LR = 1e-3
+STAND_IN_LR = 1e-3
 """Of the Adam that stands in where the workload names no optimizer: a rate at which most networks learn something."""
 _BATCH_NORM = (nn.modules.batchnorm._BatchNorm,)  # noqa: SLF001  # the common base of all batch normalisations
 
@@ -63,7 +63,7 @@ class Rig:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not trained:
             raise WorkloadError("training needs a parameter that requires a gradient; the model has none; is it frozen?")
-        optimizer = torch.optim.Adam(trained, lr=_STAND_IN_LR) if workload.optimizer is None else workload.optimizer(trained)
+        optimizer = torch.optim.Adam(trained, lr=STAND_IN_LR) if workload.optimizer is None else workload.optimizer(trained)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise WorkloadError(f"optimizer must build a torch.optim.Optimizer; it returned {type(optimizer).__name__}.")
         scaler = GradScaler(self.device.type) if workload.precision == "fp16" else None
@@ -161,6 +161,7 @@ class Rig:
             weight_decay=defaults.get("weight_decay"),
             lr=float(trainee.optimizer.param_groups[0]["lr"]) if given else None,
             lr_batch_size=self.workload.lr_batch_size,
+            clip_norm=self.workload.clip_norm,
             num_workers=self.workload.num_workers,
             precision=self.workload.precision,
             channels_last=self.workload.channels_last,

@@ -1,87 +1,130 @@
-"""Learning rate: how it and its company follow the batch size, by the optimizer's family."""
+"""Learning rate: how it follows the batch size, by the optimizer's family."""
 
 import math
 from typing import Literal, TypeAlias
 
+from rightbatch.fits.lr_company import LAYERWISE_FAMILY, company
+from rightbatch.records.estimates import NoiseSnapshot
 from rightbatch.records.measurements import WorkloadSummary
 from rightbatch.records.plan import LrCoupling
 from rightbatch.units import format_number
 
-LrRule: TypeAlias = Literal["saturating linear", "square root", "none"]
+LrRule: TypeAlias = Literal["saturating linear", "square root", "saturating power", "none"]
 
 SGD_FAMILY = frozenset({"SGD", "ASGD"})
 ADAPTIVE_FAMILY = frozenset({"Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "RMSprop"})
-_BATCH_NORM_MOMENTUM = 0.1
-_EMA_DECAY = 0.999
+_POWERS = {"LARS": (0.39, 0.30), "LAMB": (0.70, 0.56)}
+"""Powers of the saturating gain, and of kappa alone, that tuned MLPerf runs followed: ResNet with LARS, BERT with LAMB (theory page)."""
 
 
-def couple_lr(workload: WorkloadSummary, noise_scale_samples: float | None, global_batch_size: int) -> LrCoupling:
+def couple_lr(
+    workload: WorkloadSummary,
+    noise_scale_samples: float | None,
+    global_batch_size: int,
+    *,
+    micro_batch_size: int | None = None,
+    snapshot: NoiseSnapshot | None = None,
+) -> LrCoupling:
     """Learning rate at ``global_batch_size`` from the rate tuned at ``workload.lr_batch_size``.
 
-    With b0 the tuned size, b the new one, kappa = b / b0 and B the noise scale:
-    stochastic gradient descent, (1 + B / b0) / (1 + B / b), which is linear below B and saturates above;
-    adaptive optimizers, sqrt(kappa); others, no rule.
+    With b0 the tuned size, b the new one, kappa = b / b0, B the noise scale and g = (1 + B / b0) / (1 + B / b):
+    stochastic gradient descent, g, which is linear below B and saturates above; adaptive optimizers, sqrt(kappa);
+    LARS and LAMB, g to a power of their family; others, no rule.
 
     Args:
         workload: Optimizer, its settings, the tuned rate and its batch size.
         noise_scale_samples: B in samples; none when it is not known.
         global_batch_size: Samples of one optimizer step.
+        micro_batch_size: Samples that go through the model at once; none takes the global batch.
+        snapshot: The latest noise snapshot, for the clip threshold.
 
     Returns:
         The coupling; factor 1 where there is no rule or no tuned size to start from, and ``validity`` says which.
 
     Source:
         McCandlish et al. 2018, arXiv:1812.06162, equation 2.6; Johnson et al. 2020 (AdaScale), arXiv:2007.05105;
-        Malladi et al. 2022, arXiv:2205.10287 (square root rule).
+        Malladi et al. 2022, arXiv:2205.10287 (square root rule); Li et al. 2024, arXiv:2405.14578 (where it ends).
     """
     base = workload.lr_batch_size
-    if workload.optimizer not in SGD_FAMILY | ADAPTIVE_FAMILY:
-        reason = f"No rule is established for {workload.optimizer}: keep its rate, or tune it at the chosen size."
-        return LrCoupling(rule="none", factor=1.0, base_lr=workload.lr, base_batch_size=base, validity=reason)
-    rule, factor, validity = _rule(workload, noise_scale_samples, base, global_batch_size)
-    companions = () if base is None or base == global_batch_size else _companions(workload, global_batch_size / base, factor)
-    return LrCoupling(rule=rule, factor=factor, base_lr=workload.lr, base_batch_size=base, validity=validity, companions=companions)
+    rule = _rule_of(workload.optimizer)
+    if rule == "none":
+        factor = 1.0
+        validity = f"No rule is established for {workload.optimizer}: keep its rate, or tune it at the chosen size."
+    elif base is None:
+        factor = 1.0
+        validity = "The batch size at which the rate was tuned is unknown: give lr_batch_size= to couple the rate to the size."
+    else:
+        factor, validity = _factor(workload.optimizer, rule, noise_scale_samples, base, global_batch_size)
+    companions = (
+        ()
+        if rule == "none"
+        else company(workload, size=global_batch_size, lr_factor=factor, micro_batch_size=micro_batch_size, snapshot=snapshot)
+    )
+    return LrCoupling(
+        rule=rule,
+        factor=factor,
+        base_lr=workload.lr,
+        base_batch_size=base,
+        base_is_tested=workload.lr_is_tested,
+        validity=validity,
+        companions=companions,
+    )
 
 
-def _rule(workload: WorkloadSummary, noise_scale: float | None, base: int | None, size: int) -> tuple[LrRule, float, str]:
-    rule: LrRule = "saturating linear" if workload.optimizer in SGD_FAMILY else "square root"
-    if base is None:
-        return (
-            rule,
-            1.0,
-            "The batch size at which the rate was tuned is unknown: give lr_batch_size= to couple the rate to the size.",
-        )
+def saturating_gain(noise_scale: float, base_size: float, size: float) -> float:
+    """(1 + B / b0) / (1 + B / b): kappa far below B, and 1 + B / b0 at most.
+
+    Source:
+        McCandlish et al. 2018, arXiv:1812.06162, equation 2.6; equal to the gain of Johnson et al. 2020, arXiv:2007.05105.
+    """
+    return (1 + noise_scale / base_size) / (1 + noise_scale / size)
+
+
+def surge_gain(noise_scale: float, base_size: float, size: float) -> float:
+    """(sqrt(B / b0) + sqrt(b0 / B)) / (sqrt(B / b) + sqrt(b / B)): sqrt(kappa) far below B, greatest at b = B, and falling above.
+
+    The best rate of an optimizer whose steps are near the sign of the gradient, as Adam's are. Shown as the limit of the square root rule;
+    B here is a noise scale in the geometry of signs, for which the simple one only stands in.
+
+    Source:
+        Li et al. 2024, Surge phenomenon in optimal learning rate and batch size scaling, arXiv:2405.14578.
+    """
+    return (math.sqrt(noise_scale / base_size) + math.sqrt(base_size / noise_scale)) / (
+        math.sqrt(noise_scale / size) + math.sqrt(size / noise_scale)
+    )
+
+
+def _rule_of(optimizer: str) -> LrRule:
+    if optimizer in SGD_FAMILY:
+        return "saturating linear"
+    if optimizer in ADAPTIVE_FAMILY:
+        return "square root"
+    return "saturating power" if optimizer in LAYERWISE_FAMILY else "none"
+
+
+def _factor(optimizer: str, rule: LrRule, noise_scale: float | None, base: int, size: int) -> tuple[float, str]:
+    """New rate over the tuned one, and where that holds."""
     kappa = size / base
     if rule == "square root":
-        where = f"; beyond the noise scale, {format_number(noise_scale)}, the best rate stops growing" if noise_scale else ""
-        return rule, math.sqrt(kappa), f"The square root rule holds while gradient noise dominates{where}."
+        return math.sqrt(kappa), _square_root_validity(noise_scale, base, size)
+    if rule == "saturating power":
+        family = "LARS" if optimizer.upper().endswith("LARS") else "LAMB"
+        power, power_alone = _POWERS[family]
+        source = f"The power is that of tuned MLPerf runs with {family}, and differs between models: try half and twice the rate."
+        return (kappa**power_alone if noise_scale is None else saturating_gain(noise_scale, base, size) ** power), source
     if noise_scale is None:
         blind = "a smaller batch gets a rate in proportion" if kappa < 1 else "a larger batch keeps the rate"
-        return rule, min(kappa, 1.0), f"The noise scale is unknown, and so is where the linear rule stops: {blind} until it is measured."
-    factor = (1 + noise_scale / base) / (1 + noise_scale / size)
-    return (
-        rule,
-        factor,
-        f"Linear well below the noise scale, {format_number(noise_scale)}, and saturating above it; keep momentum and warm up.",
-    )
+        return min(kappa, 1.0), f"The noise scale is unknown, and so is where the linear rule stops: {blind} until it is measured."
+    where = f"Linear well below the noise scale, {format_number(noise_scale)}, and saturating above it; keep momentum and warm up."
+    return saturating_gain(noise_scale, base, size), where
 
 
-def _companions(workload: WorkloadSummary, kappa: float, factor: float) -> tuple[tuple[str, str], ...]:
-    """Other settings, scaled so that each keeps its memory in samples rather than in steps."""
-    companions: list[tuple[str, str]] = []
-    if workload.optimizer in ADAPTIVE_FAMILY and workload.betas is not None:
-        first, second = (beta**kappa for beta in workload.betas)
-        old = f"{workload.betas[0]:g}, {workload.betas[1]:g}"
-        companions.append(("betas", f"{format_number(first)}, {format_number(second, 4)} keep the half-life in samples of {old}"))
-    if workload.optimizer == "AdamW" and workload.weight_decay:
-        decay = workload.weight_decay * kappa / factor
-        companions.append(("weight decay", f"{format_number(decay)} keeps batch size / (rate x decay) of {workload.weight_decay:g}"))
-    if workload.batch_norm:
-        momentum = 1 - (1 - _BATCH_NORM_MOMENTUM) ** kappa
-        text = f"{format_number(momentum)} instead of {_BATCH_NORM_MOMENTUM:g} without accumulation; statistics update once a micro-batch"
-        companions.append(("batch norm momentum", text))
-    companions.append(
-        ("EMA decay", f"{format_number(_EMA_DECAY**kappa, 4)} instead of {_EMA_DECAY:g}, if the model has an average of weights")
+def _square_root_validity(noise_scale: float | None, base: int, size: int) -> str:
+    if not noise_scale:
+        return "The square root rule holds while gradient noise dominates."
+    limit = (
+        f"The square root rule holds while gradient noise dominates; beyond the noise scale, {format_number(noise_scale)}, the best rate"
     )
-    companions.append(("warm-up", f"the same number of samples: {format_number(1 / kappa)} times the steps"))
-    return tuple(companions)
+    if size <= noise_scale:
+        return f"{limit} falls again."
+    return f"{limit} falls again: by Li et al. (2024) this size takes {format_number(surge_gain(noise_scale, base, size))} times the rate."

@@ -5,6 +5,7 @@ from typing import Literal
 
 import numpy as np
 
+from rightbatch.fits.devices import fit_devices
 from rightbatch.fits.lr_scaling import couple_lr
 from rightbatch.fits.tradeoff import CostDraws, draw_costs, relative_to_best, summarise
 from rightbatch.recommend.advice import Context, advise
@@ -160,6 +161,7 @@ def _at_optimum(request: _Request, draws: CostDraws, step_time: StepTimeCurve) -
         comparisons=_comparisons(request, draws, chosen),
         sensitivities=_sensitivities(request, draws),
         advice=advise(_context(request, status, plan)),
+        devices=fit_devices(draws, workload=request.workload, constraints=request.constraints),
     )
 
 
@@ -180,7 +182,14 @@ def _is_narrow(tradeoff: Tradeoff | None) -> bool:
 def _plan(request: _Request, draws: CostDraws, chosen: int) -> tuple[BatchPlan, LrCoupling]:
     workload, candidate = request.workload, draws.candidates[chosen]
     critical = None if request.tradeoff is None else request.tradeoff.critical_batch_size.value
-    lr = couple_lr(workload, critical, candidate.global_batch_size)
+    snapshots = () if request.noise_scale is None else request.noise_scale.snapshots
+    lr = couple_lr(
+        workload,
+        critical,
+        candidate.global_batch_size,
+        micro_batch_size=candidate.micro_batch_size,
+        snapshot=snapshots[-1] if snapshots else None,
+    )
     coupled = lr.base_lr * lr.factor if lr.base_lr is not None and lr.base_batch_size is not None else None
     plan = BatchPlan(
         global_batch_size=candidate.global_batch_size,

@@ -4,6 +4,7 @@ import numpy as np
 
 from rightbatch.fits.branch import fit_branches
 from rightbatch.fits.loader import fit_loader
+from rightbatch.fits.lr_range import fit_lr_range, with_tested_rate
 from rightbatch.fits.memory import fit_memory
 from rightbatch.fits.noise_scale import fit_noise_scale
 from rightbatch.fits.step_time import fit_step_time
@@ -45,6 +46,7 @@ def judge(
     step_time = fit_step_time(measurements.step_time) if measurements.step_time is not None else None
     loader = fit_loader(measurements.loader) if measurements.loader is not None else None
     noise_scale = fit_noise_scale(measurements.gradient_noise) if measurements.gradient_noise is not None else None
+    lr_range = fit_lr_range(measurements.lr_range) if measurements.lr_range is not None else None
     tradeoff = None
     if step_time is not None:
         tradeoff = fit_tradeoff(
@@ -63,7 +65,7 @@ def judge(
         loader=loader,
         noise_scale=noise_scale,
         memory=memory,
-        workload=workload,
+        workload=with_tested_rate(workload, lr_range),
         objective=objective,
         constraints=constraints,
         tradeoff=tradeoff,
@@ -81,6 +83,7 @@ def judge(
         noise_scale=noise_scale,
         tradeoff=tradeoff,
         branches=None if measurements.branches is None else fit_branches(measurements.branches, tradeoff),
+        lr_range=lr_range,
         reused_parts=reused_parts,
         measured_at=measured_at,
         duration_s=duration_s,

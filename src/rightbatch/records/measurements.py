@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from rightbatch.records.lr_range_measurements import LrRangeMeasurements
 from rightbatch.records.record import Record
 from rightbatch.records.training import BranchMeasurements
 
@@ -343,6 +344,10 @@ class WorkloadSummary(Record):
     """The workload's own learning rate; none without an optimizer."""
     lr_batch_size: PositiveInt | None
     """The batch size at which that rate was tuned; none when the user did not say."""
+    lr_is_tested: bool = False
+    """Whether that rate and size come from the range test of this run rather than from the user."""
+    clip_norm: PositiveFloat | None = None
+    """Largest norm of the gradient; none when it is not clipped."""
     num_workers: NonNegativeInt | None
     precision: Literal["fp32", "bf16", "fp16", "fp64"]
     channels_last: bool
@@ -358,3 +363,4 @@ class Measurements(Record):
     loader: LoaderMeasurements | None = None
     gradient_noise: GradientNoiseMeasurements | None = None
     branches: BranchMeasurements | None = None
+    lr_range: LrRangeMeasurements | None = None

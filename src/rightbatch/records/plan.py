@@ -5,8 +5,10 @@ from typing import Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from rightbatch.records.devices import DeviceCurve, Interconnect
 from rightbatch.records.environment import Environment
 from rightbatch.records.estimates import BranchCurve, Estimate, LoaderCurve, MemoryCurve, NoiseScale, StepTimeCurve, Tradeoff
+from rightbatch.records.lr_range import LrRange
 from rightbatch.records.measurements import WorkloadSummary
 from rightbatch.records.record import SCHEMA_VERSION, Record
 
@@ -29,6 +31,8 @@ class Constraints(Record):
 
     max_global_batch_size: PositiveInt | None = None
     world_size: PositiveInt = 1
+    interconnect: Interconnect | None = None
+    """What gradients are exchanged over; none assumes that the exchange takes no time."""
 
 
 class Objective(Record):
@@ -70,11 +74,13 @@ class BatchPlan(Record):
 class LrCoupling(Record):
     """How the learning rate follows the batch size, and what else moves with it."""
 
-    rule: Literal["saturating linear", "square root", "none"]
+    rule: Literal["saturating linear", "square root", "saturating power", "none"]
     factor: PositiveFloat
     """Recommended rate over the rate at ``base_batch_size``."""
     base_lr: PositiveFloat | None
     base_batch_size: PositiveInt | None
+    base_is_tested: bool = False
+    """Whether that rate comes from the range test of this run; else it is the user's."""
     validity: str
     """One sentence: where the rule holds, and where it stops."""
     companions: tuple[tuple[str, str], ...] = ()
@@ -136,6 +142,8 @@ class Recommendation(Record):
     sensitivities: tuple[Sensitivity, ...]
     advice: tuple[str, ...]
     """Things to know or to do: last-batch trouble, a loader that limits, what to measure next."""
+    devices: DeviceCurve | None = None
+    """Time and efficiency by number of devices; none without a noise scale."""
 
 
 class Findings(Record):
@@ -154,6 +162,7 @@ class Findings(Record):
     tradeoff: Tradeoff | None
     branches: BranchCurve | None = None
     """None unless the answer was checked by training."""
+    lr_range: LrRange | None = None
     reused_parts: tuple[str, ...] = ()
     """Measurements taken over from an earlier run of the same thing."""
     measured_at: str

@@ -1,7 +1,7 @@
 """The run folder: JSON files that are whole or absent, written by one process at a time, readable without torch.
 
-``run.json`` says what was run and on what; ``workload.json``, ``memory.json``, ``step_time.json``, ``loader.json`` and
-``gradient_noise.json`` hold one measured part each; ``findings.json`` is the last verdict; ``report.html`` shows it.
+``run.json`` says what was run and on what; ``workload.json``, ``memory.json``, ``step_time.json``, ``loader.json``,
+``gradient_noise.json`` and ``lr_range.json`` hold one measured part each; ``findings.json`` is the last verdict; ``report.html`` shows it.
 """
 
 import json
@@ -27,6 +27,7 @@ from rightbatch.records.document import (
     write_whole,
 )
 from rightbatch.records.environment import Environment
+from rightbatch.records.lr_range_measurements import LrRangeMeasurements
 from rightbatch.records.measurements import (
     GradientNoiseMeasurements,
     LoaderMeasurements,
@@ -52,6 +53,7 @@ PART_KINDS: Mapping[str, type[Record]] = {
     "loader": LoaderMeasurements,
     "gradient_noise": GradientNoiseMeasurements,
     "branches": BranchMeasurements,
+    "lr_range": LrRangeMeasurements,
 }
 """The record that each part's file holds."""
 
@@ -266,6 +268,7 @@ class RunFolder:
         loader = self.read_part("loader", LoaderMeasurements)
         noise = self.read_part("gradient_noise", GradientNoiseMeasurements)
         branches = self.read_part("branches", BranchMeasurements)
+        lr_range = self.read_part("lr_range", LrRangeMeasurements)
         return Measurements(
             workload=workload.record,
             memory=memory and memory.record,
@@ -273,6 +276,7 @@ class RunFolder:
             loader=loader and loader.record,
             gradient_noise=noise and noise.record,
             branches=branches and branches.record,
+            lr_range=lr_range and lr_range.record,
         )
 
     def oldest_measured_at(self) -> str | None:

@@ -4,7 +4,7 @@ from datetime import datetime
 
 from rightbatch.records.plan import Binding, Findings, Goal
 from rightbatch.report.document import Section, Table
-from rightbatch.report.phrases import estimate, excess, listed, number, percent, plain
+from rightbatch.report.phrases import estimate, excess, listed, percent, plain
 from rightbatch.units import format_ago_s, format_bytes, format_duration_s
 
 GOALS = {
@@ -91,24 +91,6 @@ def sizes(findings: Findings) -> Section | None:
     header = ("batch", "time", "samples", "regret", "evidence")
     table = Table(caption="Predicted cost until the target, 90 % intervals", header=header, rows=rows, behind_chart=True)
     return Section(key="sizes", title="Sizes and what they cost", sentences=tuple(sentences), tables=(table,))
-
-
-def learning_rate(findings: Findings) -> Section | None:
-    """Say how the learning rate follows the size, and what moves with it."""
-    plan, lr = findings.recommendation.plan, findings.recommendation.lr
-    if plan is None:
-        return None
-    sentences = []
-    if plan.lr is None:
-        sentences.append("The workload names no learning rate tuned at a known batch size, so none is given here.")
-    elif lr.base_lr is not None and lr.base_batch_size is not None:
-        rule = "" if lr.rule == "none" else f", by the {lr.rule} rule"
-        factor = "the" if lr.factor == 1 else f"{number(lr.factor)} times the"
-        sentences.append(f"{number(plan.lr)} is {factor} rate tuned at {lr.base_batch_size} ({number(lr.base_lr)}){rule}.")
-    sentences.extend([plain(lr.validity)] if lr.validity else [])
-    rows = tuple((plain(name), plain(value)) for name, value in lr.companions)
-    tables = (Table(caption="What moves with it", header=("setting", "becomes"), rows=rows),) if rows else ()
-    return Section(key="lr", title="Learning rate", sentences=tuple(sentences), tables=tables)
 
 
 def practice(findings: Findings) -> Section | None:

@@ -50,7 +50,9 @@ class Table:
 class Section:
     """A part of the report."""
 
-    key: Literal["why", "advice", "branches", "sizes", "memory", "speed", "noise", "lr", "practice", "change", "limits", "provenance"]
+    key: Literal[
+        "why", "advice", "branches", "sizes", "memory", "speed", "noise", "lr", "practice", "devices", "change", "limits", "provenance"
+    ]
     title: str
     sentences: tuple[str, ...] = ()
     items: tuple[str, ...] = ()

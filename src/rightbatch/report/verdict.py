@@ -5,7 +5,7 @@ from datetime import datetime
 
 from rightbatch.records.estimates import MemoryCurve, NoiseScale, Status, ThroughputPoint, TradeoffPoint
 from rightbatch.records.plan import BatchPlan, Findings, LrCoupling, Recommendation
-from rightbatch.report import branch_section, decision_sections, measured_sections
+from rightbatch.report import branch_section, decision_sections, device_section, lr_section, measured_sections
 from rightbatch.report.document import KeyNumber, Section, SizeRow, Verdict
 from rightbatch.report.phrases import estimate, listed, number, percent, plain, split
 from rightbatch.units import format_bytes, format_number
@@ -93,7 +93,7 @@ def _plan_words(plan: BatchPlan, lr: LrCoupling) -> str:
 def _lr_origin(plan: BatchPlan, lr: LrCoupling) -> str:
     if lr.base_lr is None or lr.base_batch_size in {None, plan.global_batch_size}:
         return ""
-    return f" (from {number(lr.base_lr)} @ {lr.base_batch_size})"
+    return f" (from {number(lr.base_lr)} @ {lr.base_batch_size}{', tested' if lr.base_is_tested else ''})"
 
 
 def _split_words(plan: BatchPlan) -> str:
@@ -245,8 +245,9 @@ def _sections(findings: Findings, now: datetime | None) -> tuple[Section, ...]:
         measured_sections.memory(findings),
         measured_sections.speed(findings),
         measured_sections.noise(findings),
-        decision_sections.learning_rate(findings),
+        lr_section.learning_rate(findings),
         decision_sections.practice(findings),
+        device_section.devices(findings),
         decision_sections.change(findings),
         decision_sections.limits(findings),
         decision_sections.provenance(findings, now),

@@ -24,7 +24,7 @@ from rightbatch.records.measurements import (
 from rightbatch.records.plan import Findings
 from rightbatch.records.run import RunFolder, RunManifest
 from rightbatch.tuner.kept import ORDER, WORKLOAD, Kept, answer_at_once, digest, now, read_kept
-from rightbatch.tuner.request import Part, Progress, Request, SilentProgress, Source
+from rightbatch.tuner.request import Part, Progress, Request, SilentProgress, Source, parts_of
 
 if TYPE_CHECKING:
     from rightbatch.engine.rig import Rig
@@ -162,7 +162,8 @@ def _folder_name(source: Source, request: Request, rank_count: int) -> str:
 def _measure_and_judge(asked: _Asked, kept: Kept) -> Findings:
     request = asked.request
     taken_over = kept.part_names
-    waiting = frozenset(part for part in request.parts | {Part.MEMORY} if part.value not in kept.parts)
+    wanted = parts_of(request, kept.parts.get(WORKLOAD)) | {Part.MEMORY}
+    waiting = frozenset(part for part in wanted if part.value not in kept.parts)
     _share_waiting(asked.ranks, waiting)
     duration_s = 0.0
     if waiting or kept.environment is None:
@@ -221,7 +222,8 @@ def _measure(asked: _Asked, kept: Kept, waiting: frozenset[Part]) -> float:
             code_files = measuring.on_host(partial(_code_files, source=source))
             manifest = _manifest(source, request, kept, asked.command, code_files)
             kept.write_manifest(manifest)
-            _measure_parts(measuring, asked, kept, waiting, summary)
+            untuned = parts_of(request, summary) - request.parts - {Part(name) for name in kept.part_names}
+            _measure_parts(measuring, asked, kept, waiting | untuned, summary)
         except KeyboardInterrupt as error:
             if manifest is not None:
                 kept.write_manifest(manifest.model_copy(update={"state": "interrupted", "updated_at": now()}))
@@ -249,6 +251,8 @@ def _measure_parts(measuring: "Measuring", asked: _Asked, kept: Kept, waiting: f
             record = measuring.step_time(summary, memory, budget_s)
         elif part is Part.BRANCHES:
             record = measuring.branches(_judge(asked, kept), budget_s)
+        elif part is Part.LR_RANGE:
+            record = measuring.lr_range(summary, memory, budget_s)
         else:
             record = measuring.gradient_noise(summary, memory, kept.parts.get(Part.STEP_TIME), budget_s)
         kept.keep(part.value, record, asked.request)

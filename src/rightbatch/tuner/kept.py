@@ -16,10 +16,10 @@ from rightbatch.records.measurements import Measurements
 from rightbatch.records.plan import Findings
 from rightbatch.records.record import Record
 from rightbatch.records.run import PART_KINDS, RunFolder, RunManifest, StoredPart
-from rightbatch.tuner.request import Part, Request, Source
+from rightbatch.tuner.request import Part, Request, Source, parts_of
 
 WORKLOAD = "workload"
-ORDER = (Part.MEMORY, Part.STEP_TIME, Part.LOADER, Part.GRADIENT_NOISE, Part.BRANCHES)
+ORDER = (Part.MEMORY, Part.STEP_TIME, Part.LOADER, Part.LR_RANGE, Part.GRADIENT_NOISE, Part.BRANCHES)
 
 
 @dataclass
@@ -100,6 +100,8 @@ def _cut_short(folder: RunFolder, parts: Mapping[str, StoredPart[Any]]) -> set[s
     findings = folder.read_findings()
     if findings is not None and findings.recommendation.status not in {"ok", "nothing_fits"}:
         improvable |= {Part.STEP_TIME, Part.GRADIENT_NOISE}
+    if findings is not None and findings.lr_range is not None and findings.lr_range.value is None:
+        improvable.add(Part.LR_RANGE)
     return improvable
 
 
@@ -111,7 +113,7 @@ def _part_fingerprint(base: str, name: str, request: Request) -> str:
 
 def answer_at_once(folder: RunFolder, request: Request, kept: Kept) -> Findings | None:
     """Return the stored verdict if everything asked is measured and the question is the same."""
-    if not {part.value for part in request.parts} <= kept.parts.keys():
+    if not {part.value for part in parts_of(request, kept.parts.get(WORKLOAD))} <= kept.parts.keys():
         return None
     findings = folder.read_findings()
     if findings is None or kept.environment is None or findings.measured_at != kept.measured_at:
@@ -130,6 +132,7 @@ def _judged_parts(findings: Findings) -> set[str]:
         Part.LOADER: findings.loader,
         Part.GRADIENT_NOISE: findings.noise_scale,
         Part.BRANCHES: findings.branches,
+        Part.LR_RANGE: findings.lr_range,
     }
     return {WORKLOAD, *(part.value for part, conclusion in judged.items() if conclusion is not None)}
 

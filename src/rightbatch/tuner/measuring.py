@@ -9,10 +9,12 @@ from rightbatch.engine.provenance import environment
 from rightbatch.engine.ranks import Ranks, SingleRank
 from rightbatch.engine.rig import Rig
 from rightbatch.errors import IsolationError, NothingFitsError, UsageError
+from rightbatch.fits import lr_range as lr_range_fit
 from rightbatch.fits import noise_scale as noise_fit
 from rightbatch.fits import step_time as step_time_fit
-from rightbatch.probes import branch, gradient_noise, loader, memory, step_time
+from rightbatch.probes import branch, gradient_noise, loader, lr_range, memory, step_time
 from rightbatch.records.environment import Environment
+from rightbatch.records.lr_range_measurements import LrRangeMeasurements
 from rightbatch.records.measurements import (
     GradientNoiseMeasurements,
     LoaderMeasurements,
@@ -36,8 +38,15 @@ MALLOC_SETTINGS: Mapping[str, Mapping[str, str]] = {
 }
 """Variables of glibc: ``tight`` maps every tensor of its own and gives it back at once, so that what is resident is what lives."""
 
-SHARES: Mapping[Part, float] = {Part.MEMORY: 0.2, Part.STEP_TIME: 0.3, Part.LOADER: 0.1, Part.GRADIENT_NOISE: 0.4, Part.BRANCHES: 1.0}
-"""How the budget is divided among the parts that are still to be measured: a check by training takes half of it."""
+SHARES: Mapping[Part, float] = {
+    Part.MEMORY: 0.2,
+    Part.STEP_TIME: 0.3,
+    Part.LOADER: 0.1,
+    Part.LR_RANGE: 0.3,
+    Part.GRADIENT_NOISE: 0.4,
+    Part.BRANCHES: 1.0,
+}
+"""How the budget is divided among the parts that are still to be measured: a check by training takes about half of it."""
 
 _BUDGET_IN_USE = 0.95
 """The rest is for steps that overrun, and for judging."""
@@ -216,6 +225,33 @@ class Measuring:
         if isinstance(outcome, Completed):
             return outcome.value
         return no_branches(f"The answer was not checked by training, because memory ran out ({words(outcome)}).")
+
+    def lr_range(self, workload: WorkloadSummary, found: MemoryMeasurements, budget_s: float) -> LrRangeMeasurements:
+        """Test learning rates at the size that the pilot run takes: where the workload's own was tuned, if that is known."""
+        self._stage = "learning rate"
+        ceiling = max(point.micro_batch_size for point in found.points if point.outcome is Outcome.RAN)
+        batch_size = min(workload.lr_batch_size or _DEFAULT_PILOT_BATCH, ceiling, workload.train_size)
+        outcome = self._host.call(
+            partial(
+                lr_range.measure,
+                batch_size=batch_size,
+                first_rates=lr_range_fit.first_rates,
+                next_rate=lr_range_fit.next_rate,
+                contenders=lr_range_fit.contenders,
+                budget_s=budget_s,
+            )
+        )
+        if isinstance(outcome, Completed):
+            return outcome.value
+        return LrRangeMeasurements(
+            batch_size=batch_size,
+            optimizer=workload.optimizer,
+            pilot_samples=0,
+            sweep=(),
+            rounds=(),
+            stopped_by="failure",
+            remark=f"It ended with {words(outcome)}.",
+        )
 
     def _required(self, probe: Callable[..., T], *args: object) -> T:
         """Run a probe that has no business failing for lack of memory."""

@@ -5,6 +5,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from rightbatch.records.measurements import WorkloadSummary
 from rightbatch.records.plan import Constraints, Objective
 
 
@@ -15,20 +16,24 @@ class Part(StrEnum):
     STEP_TIME = "step_time"
     LOADER = "loader"
     GRADIENT_NOISE = "gradient_noise"
+    LR_RANGE = "lr_range"
+    """A range test of learning rates; where no tuned rate is known, or when it is asked for."""
     BRANCHES = "branches"
     """The check of the answer by training; only when it is asked for."""
 
 
-FROZEN_PARTS = frozenset(Part) - {Part.BRANCHES}
-"""What an answer rests on without training."""
+STANDARD_PARTS = frozenset(Part) - {Part.LR_RANGE, Part.BRANCHES}
+"""What every answer rests on."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """Everything that changes what is measured or decided."""
 
-    parts: frozenset[Part] = FROZEN_PARTS
+    parts: frozenset[Part] = STANDARD_PARTS
     """Questions to answer; the recommendation says what it lacks when some are left out."""
+    lr_range_if_untuned: bool = False
+    """Whether to add the learning-rate range test for a workload that does not say where its rate was tuned."""
     objective: Objective = field(default_factory=Objective)
     constraints: Constraints = field(default_factory=Constraints)
     device: str = "auto"
@@ -58,6 +63,13 @@ class Request:
     """Measure again what an earlier run in the folder has already measured."""
     save: bool = True
     """Whether to write a run folder at all."""
+
+
+def parts_of(request: Request, workload: WorkloadSummary | None) -> frozenset[Part]:
+    """The questions of a request for a workload, as far as it is known: the range test may have to be added."""
+    if request.lr_range_if_untuned and workload is not None and workload.lr_batch_size is None:
+        return request.parts | {Part.LR_RANGE}
+    return request.parts
 
 
 class Source(Protocol):

@@ -1,4 +1,4 @@
-"""The check of an answer by training: which sizes to train from one checkpoint, in which order, and when to stop. Never imports torch."""
+"""The check of an answer by training: which sizes to train from one checkpoint, in which order, and when to stop."""
 
 import math
 from collections.abc import Sequence
@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rightbatch.engine.rig import STAND_IN_LR
 from rightbatch.fits import branch as branch_fit
 from rightbatch.fits.critical_batch import branch_curves, critical_belief
+from rightbatch.fits.lr_range import with_tested_rate
 from rightbatch.fits.lr_scaling import couple_lr
 from rightbatch.fits.tradeoff import N_DRAWS
 from rightbatch.recommend.probing import Candidates, next_probe
@@ -108,12 +110,14 @@ def plan_verification(findings: Findings, budget_s: float, *, rng_seed: int = 0)
             "give a larger --budget, or more data."
         )
     critical = tradeoff.critical_batch_size.value
-    base = findings.workload.model_copy(update={"lr_batch_size": findings.workload.lr_batch_size or _STAND_IN_LR_BATCH})
+    base = with_tested_rate(findings.workload, findings.lr_range)
+    base = base.model_copy(update={"lr_batch_size": base.lr_batch_size or _STAND_IN_LR_BATCH})
+    tested_over_own = (base.lr or STAND_IN_LR) / (findings.workload.lr or STAND_IN_LR)
     branches = tuple(
         BranchPlan(
             micro_batch_size=point.micro_batch_size,
             accumulation_steps=point.accumulation_steps,
-            lr_factor=couple_lr(base, critical, point.global_batch_size).factor,
+            lr_factor=tested_over_own * couple_lr(base, critical, point.global_batch_size).factor,
             most_samples=max(int(time_s / pace_s[point.global_batch_size]), FEWEST_STEPS * point.global_batch_size),
         )
         for point in points

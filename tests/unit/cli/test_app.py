@@ -25,7 +25,7 @@ from rightbatch.errors import (
 from rightbatch.records.estimates import Status
 from rightbatch.records.plan import Goal
 from rightbatch.records.run import RunFolder
-from rightbatch.tuner.request import Part
+from rightbatch.tuner.request import STANDARD_PARTS, Part, Request
 
 WORKLOAD = "train.py:workload"
 
@@ -76,8 +76,8 @@ def test_report_that_cannot_be_written_does_not_cost_the_answer(tuner, capsys, t
 @pytest.mark.parametrize(
     ("command", "parts"),
     [
-        ("find", set(Part) - {Part.BRANCHES}),
-        ("find --verify", set(Part)),
+        ("find", set(STANDARD_PARTS)),
+        ("find --verify", STANDARD_PARTS | {Part.BRANCHES}),
         ("memory", {Part.MEMORY}),
         ("speed", {Part.MEMORY, Part.STEP_TIME, Part.LOADER}),
         ("noise", {Part.MEMORY, Part.GRADIENT_NOISE}),
@@ -99,9 +99,20 @@ def test_options_become_the_request(tuner) -> None:
     assert (request.constraints.max_global_batch_size, request.constraints.world_size) == (4096, 8)
 
 
+def test_range_test_of_rates_comes_on_request(tuner) -> None:
+    assert main(["find", WORKLOAD, "--lr-range"]) == 0
+    assert tuner.request.parts == STANDARD_PARTS | {Part.LR_RANGE}
+
+
+@pytest.mark.parametrize("command", ["memory", "speed", "noise"])
+def test_other_commands_test_no_rates(tuner, command) -> None:
+    main([command, WORKLOAD])
+    assert not tuner.request.lr_range_if_untuned
+
+
 def test_defaults_are_the_requests_own(tuner) -> None:
     assert main(["find", WORKLOAD]) == 0
-    assert tuner.request == type(tuner.request)()
+    assert tuner.request == Request(lr_range_if_untuned=True)
 
 
 def test_words_after_the_dashes_are_the_functions(tuner) -> None:

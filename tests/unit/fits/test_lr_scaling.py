@@ -1,9 +1,9 @@
-import math
-
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from oracles.oracle_curves import workload
-from rightbatch.fits.lr_scaling import couple_lr
+from rightbatch.fits.lr_scaling import couple_lr, saturating_gain, surge_gain
 
 
 def test_sgd_is_linear_far_below_the_noise_scale():
@@ -43,6 +43,50 @@ def test_adaptive_optimizers_follow_the_square_root(optimizer):
     assert coupling.factor == 2.0
 
 
+@pytest.mark.parametrize(("optimizer", "power", "alone"), [("LARS", 0.39, 0.30), ("LAMB", 0.70, 0.56), ("FusedLAMB", 0.70, 0.56)])
+def test_layerwise_optimizers_follow_the_saturating_gain_to_the_power_of_their_family(optimizer, power, alone):
+    known = couple_lr(workload(optimizer=optimizer), 300.0, 512)
+    unknown = couple_lr(workload(optimizer=optimizer), None, 512)
+
+    assert known.rule == "saturating power"
+    assert known.factor == pytest.approx(saturating_gain(300.0, 128, 512) ** power)
+    assert unknown.factor == pytest.approx(4**alone)
+    assert "MLPerf" in known.validity
+    assert dict(known.companions)["warm-up"] == "the same number of steps: 4.00 times the samples"
+
+
+def test_square_root_rule_says_what_lies_beyond_the_noise_scale():
+    below = couple_lr(workload(optimizer="Adam"), 1000.0, 512).validity
+    above = couple_lr(workload(optimizer="Adam"), 200.0, 512).validity
+
+    assert below.endswith("the best rate falls again.")
+    assert f"this size takes {surge_gain(200.0, 128, 512):.3f} times the rate" in above
+
+
+def test_surge_is_the_square_root_far_below_the_noise_scale_and_falls_above_it():
+    assert surge_gain(1e9, 128, 512) == pytest.approx(2.0, rel=1e-5)
+    assert surge_gain(1e-3, 128, 512) == pytest.approx(0.5, rel=1e-4)
+    gains = [surge_gain(300.0, 32, size) for size in (100, 200, 300, 400, 800)]
+    assert max(gains) == gains[2]
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam", "LARS", "LAMB"])
+@given(sizes=st.tuples(*[st.integers(1, 10**6)] * 3), noise=st.floats(0.1, 1e6))
+def test_two_changes_of_size_compose_to_one(optimizer, sizes, noise):
+    base, middle, last = sizes
+
+    def factor(start, end):
+        return couple_lr(workload(optimizer=optimizer, lr_batch_size=start), noise, end).factor
+
+    assert factor(base, middle) * factor(middle, last) == pytest.approx(factor(base, last), rel=1e-9)
+    assert factor(base, base) == 1.0
+
+
+def test_source_of_the_rate_is_kept():
+    assert not couple_lr(workload(), 300.0, 512).base_is_tested
+    assert couple_lr(workload(lr_is_tested=True), 300.0, 512).base_is_tested
+
+
 @pytest.mark.parametrize("optimizer", ["LBFGS", "Lion"])
 def test_other_optimizers_have_no_rule(optimizer):
     coupling = couple_lr(workload(optimizer=optimizer), 300.0, 512)
@@ -56,17 +100,6 @@ def test_unknown_tuned_size_asks_for_it():
 
     assert (coupling.factor, coupling.base_batch_size, coupling.companions) == (1.0, None, ())
     assert "lr_batch_size=" in coupling.validity
-
-
-def test_companions_keep_their_memory_in_samples():
-    coupling = couple_lr(workload(optimizer="AdamW", betas=(0.9, 0.999), weight_decay=0.01, batch_norm=True), 300.0, 512)
-
-    companions = dict(coupling.companions)
-    assert companions["betas"].startswith("0.656, 0.9960")
-    assert math.log(0.5) / math.log(0.9) * 128 == pytest.approx(math.log(0.5) / math.log(0.9**4) * 512)
-    assert companions["weight decay"].startswith("0.0200")
-    assert companions["batch norm momentum"].startswith("0.344")
-    assert companions["warm-up"].endswith("0.250 times the steps")
 
 
 def test_the_tuned_size_itself_needs_no_companions():

@@ -8,6 +8,7 @@ from rightbatch.fits.step_time import fit_step_time
 from rightbatch.fits.tradeoff import fit_tradeoff
 from rightbatch.recommend.decision import recommend
 from rightbatch.records.estimates import Estimate, NoiseScale, NoiseSnapshot, Status
+from rightbatch.records.lr_range import LrRange
 from rightbatch.records.plan import Constraints, Findings, Objective
 from rightbatch.records.training import BranchMeasurements, BranchProbe, ProbeOutcome, TrainingProbe
 from rightbatch.tuner.verifying import BRANCH_EPOCHS, MOST_BRANCHES, plan_verification
@@ -136,6 +137,15 @@ def test_learning_rates_of_the_branches_follow_the_size():
     factors = {branch.global_batch_size: branch.lr_factor for branch in plan.branches}
     assert factors[128] == pytest.approx(1.0)
     assert factors[32] < factors[64] < 1 < factors[256]
+
+
+def test_a_tested_rate_takes_the_place_of_the_workloads_own():
+    tested = LrRange(value=0.4, low=0.2, high=0.8, n=5, status=Status.OK, batch_size=64, optimizer="SGD", divergence_edge=None, verdicts=())
+
+    plan = plan_verification(findings(lr_batch_size=None).model_copy(update={"lr_range": tested}), 60.0)
+
+    factors = {branch.global_batch_size: branch.lr_factor for branch in plan.branches}
+    assert factors[64] == pytest.approx(0.4 / 0.1)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,56 @@
+"""The report says where the learning rate comes from, and how far a range test may be believed."""
+
+from findings_samples import good, lr_range, unstable, untuned
+from rightbatch.records.estimates import Status
+from rightbatch.report.lr_section import learning_rate
+from rightbatch.report.verdict import answer_line
+
+
+def _said(findings):
+    return " ".join(learning_rate(findings).sentences)
+
+
+def test_tested_rate_is_told_from_a_tuned_one():
+    assert "1.2 is 6 times the rate that the range test found at 64 (0.2), by the saturating linear rule." in _said(untuned())
+    assert "0.2 is 2 times the rate tuned at 128 (0.1), by the square root rule." in _said(good())
+    assert "lr 1.2 (from 0.2 @ 64, tested)" in answer_line(untuned())
+
+
+def test_range_test_is_given_with_its_interval_its_edge_and_its_bias():
+    said = _said(untuned())
+    assert "Range test at batch 64 with SGD: 0.2 [0.0707, 0.283] from 76800 samples of short runs; the loss diverges at 0.8." in said
+    assert "Short runs favour rates that pay off soon" in said
+    assert [row[-1] for row in learning_rate(untuned()).tables[-1].rows] == ["", "", *["as good as the best"] * 2, "", "diverged"]
+
+
+def test_open_ends_are_said():
+    bound = lr_range().model_copy(update={"status": Status.AT_LEAST, "high": None, "divergence_edge": None})
+    said = _said(untuned().model_copy(update={"lr_range": bound}))
+    assert "0.2 [0.0707, open]" in said
+    assert "none of them diverged" in said
+
+
+def test_optimizer_that_stood_in_is_named():
+    work = untuned().workload.model_copy(update={"optimizer_given": False, "lr": None})
+    tested = lr_range().model_copy(update={"optimizer": "Adam"})
+    said = _said(untuned().model_copy(update={"workload": work, "lr_range": tested}))
+    assert "with Adam, in place of the optimizer that is not given" in said
+
+
+def test_tuned_rate_stays_the_base_beside_a_test_on_request():
+    assert "The workload's own rate, 0.1, is 0.5 times that; it stays the base" in _said(good().model_copy(update={"lr_range": lr_range()}))
+
+
+def test_test_that_found_nothing_says_why():
+    nothing = lr_range().model_copy(
+        update={
+            "status": Status.INDETERMINATE,
+            "value": None,
+            "low": None,
+            "high": None,
+            "verdicts": (),
+            "remarks": ("Every rate diverged.",),
+        }
+    )
+    findings = unstable().model_copy(update={"lr_range": nothing})
+    assert _said(findings).endswith("Every rate diverged.")
