@@ -17,6 +17,7 @@ from rightbatch.records.estimates import (
     MemoryShare,
     NoiseScale,
     NoiseSnapshot,
+    PowerOfTwo,
     Status,
     StepTimeCurve,
     ThroughputPoint,
@@ -157,6 +158,12 @@ def step_time() -> StepTimeCurve:
         knee=128,
         best=1024,
         optimizer_time_s=OPTIMIZER_TIME_S,
+        power_of_two=PowerOfTwo(
+            size=128,
+            relative_time=Estimate(value=0.969, low=0.956, high=0.98, n=9),
+            multiple_of_eight=136,
+            multiple_relative_time=Estimate(value=1.004, low=0.991, high=1.013, n=9),
+        ),
     )
 
 

@@ -16,7 +16,7 @@ GRID_FACTOR = 2.0
 MOST_RATES = 9
 FEWEST_RATES = 3
 SAFETY = 2.0
-"""No rate is recommended above the divergence edge divided by this."""
+"""Ties go to the larger rate only below the divergence edge divided by this."""
 NEGLIGIBLE = 0.01
 """A loss is as good as the best one when it misses so little of the fall that the best rate brought."""
 _BLOCKS = 4
@@ -73,7 +73,7 @@ def contenders(first: LrRangeRound) -> tuple[float, ...]:
 
 
 def fit_lr_range(measurements: LrRangeMeasurements) -> LrRange:
-    """The largest rate that ties with the best one, at most half the divergence edge.
+    """The largest rate that ties with the best one and lies below half the divergence edge; half of it when none does.
 
     Two rates are compared on the same batches from the same checkpoint. The difference is averaged over blocks of the runs' tails; a rate
     is worse when its 95 % interval, by Student's t over the blocks, excludes the best and the difference is not negligible.
@@ -96,7 +96,7 @@ def fit_lr_range(measurements: LrRangeMeasurements) -> LrRange:
     if problem:
         return _answer(measurements, verdicts, edge, (None, None, None), Status.INDETERMINATE, (problem,))
     rates = [verdict.lr for verdict in verdicts]
-    safe = [lr for lr in tied if edge is None or lr * SAFETY <= edge * _SAME]
+    safe = [lr for lr in tied if edge is None or lr * SAFETY * _SAME < edge]
     value = max(safe, default=(edge or max(rates)) / SAFETY)
     half_step = math.sqrt(GRID_FACTOR)
     low = None if min(tied) == min(rates) else min(tied) / half_step

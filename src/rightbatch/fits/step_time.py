@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rightbatch.fits.intervals import FloatArray, median_estimate
+from rightbatch.fits.power_of_two import fit_power_of_two
 from rightbatch.records.estimates import Estimate, Status, StepTimeCurve, ThroughputPoint
 from rightbatch.records.measurements import StepTimeMeasurements, StepTimePoint
 from rightbatch.units import format_percent
@@ -133,6 +134,7 @@ def fit_step_time(measurements: StepTimeMeasurements) -> StepTimeCurve:
         knee=_knee(sizes, medians_s) if points else None,
         best=int(sizes[np.argmax(sizes / medians_s)]) if points else None,
         optimizer_time_s=float(np.median(optimizer_times)) if optimizer_times else 0.0,
+        power_of_two=fit_power_of_two(measurements.neighbours),
     )
 
 

@@ -10,6 +10,7 @@ from rightbatch.workload.ingredients import Batch
 _ROUND_S = 0.05
 _MOST_ROUNDS = 60
 _FEWEST_ROUNDS = 3
+_FEWEST_NEIGHBOUR_ROUNDS, _MOST_NEIGHBOUR_ROUNDS = 5, 15
 _GAIN_THAT_COUNTS = 1.03
 
 
@@ -105,6 +106,31 @@ def measure(
         last_s = elapsed_s
         if is_over or rounds >= _MOST_ROUNDS or is_decided(measured):
             return measured
+
+
+def measure_neighbours(rig: Rig, sizes: Sequence[int], *, budget_s: float) -> tuple[StepTimePoint, ...]:
+    """Time a few sizes that lie close together, in interleaved rounds: five at least, fifteen at most, until the budget ends.
+
+    Args:
+        rig: The workload on its device.
+        sizes: Micro-batch sizes, in samples.
+        budget_s: Seconds the rounds may take.
+
+    Returns:
+        One point a size, in the order of ``sizes``; equal places in ``step_times_s`` belong to one round.
+    """
+    clock = rig.meters.clock
+    end_s = clock.now_s() + budget_s
+    trainee = rig.new_trainee()
+    batches = {size: rig.typical_batch(size) for size in sizes}
+    tallies = {size: _Tally(_steps_in_a_round(rig, trainee, batches[size])) for size in sizes}
+    for rounds in range(_MOST_NEIGHBOUR_ROUNDS):
+        if rounds >= _FEWEST_NEIGHBOUR_ROUNDS and clock.now_s() > end_s:
+            break
+        rig.say(f"powers of two: round {rounds + 1}")
+        for size, tally in tallies.items():
+            tally.add_round(rig, trainee, batches[size])
+    return tuple(tally.point(size) for size, tally in tallies.items())
 
 
 class _Tally:

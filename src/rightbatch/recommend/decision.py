@@ -210,6 +210,9 @@ def _comparisons(request: _Request, draws: CostDraws, chosen: int) -> tuple[Comp
     largest = timed[-1]
     fits = request.memory is not None and request.memory.ceiling_is_limit and request.memory.ceiling == largest.micro_batch_size
     named = [(str(size), size) for size in COMMON_SIZES if size % ranks == 0 and size <= request.workload.train_size]
+    beside = _powers_beside(draws.candidates[chosen].global_batch_size)
+    cap = min(request.workload.train_size, request.constraints.max_global_batch_size or request.workload.train_size)
+    named += [(f"power of two {side}", size) for side, size in beside if size % ranks == 0 and size <= cap and size not in COMMON_SIZES]
     named.append(("largest that fits" if fits else "largest timed", largest.global_batch_size))
     if request.step_time is not None and request.step_time.best in {candidate.micro_batch_size for candidate in timed}:
         named.append(("best throughput", request.step_time.best * ranks))
@@ -226,6 +229,13 @@ def _comparisons(request: _Request, draws: CostDraws, chosen: int) -> tuple[Comp
         for label, size in named
         if not (request.workload.couples_samples and size > largest.global_batch_size)
     )
+
+
+def _powers_beside(size: int) -> tuple[tuple[str, int], ...]:
+    """The next power of two below a size and the next above it."""
+    below = 1 << (max(size - 1, 1).bit_length() - 1)
+    above = 1 << size.bit_length()
+    return (("below", below), ("above", above)) if size > 1 else (("above", above),)
 
 
 def _sensitivities(request: _Request, draws: CostDraws) -> tuple[Sensitivity, ...]:

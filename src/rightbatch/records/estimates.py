@@ -162,6 +162,18 @@ class ThroughputPoint(Record):
     energy_per_step_j: PositiveFloat | None = None
 
 
+class PowerOfTwo(Record):
+    """Whether a power of two is faster than the sizes beside it."""
+
+    size: PositiveInt
+    relative_time: Estimate
+    """Its step time over the mean of those of one sample less and one more: median over rounds."""
+    multiple_of_eight: PositiveInt
+    """The next multiple of eight, no power of two."""
+    multiple_relative_time: Estimate
+    """Time a sample at that multiple over that at the power."""
+
+
 class StepTimeCurve(Record):
     """Step time as a function of the micro-batch size: t(b) = (t0**p + (b / tau)**p)**(1/p)."""
 
@@ -185,6 +197,8 @@ class StepTimeCurve(Record):
     """Measured size with the best throughput."""
     optimizer_time_s: NonNegativeFloat
     """Seconds of one optimizer step apart from forward and backward."""
+    power_of_two: PowerOfTwo | None = None
+    """None when the sizes beside a power of two were not timed."""
 
 
 class LoaderThroughput(Record):

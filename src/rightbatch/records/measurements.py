@@ -216,6 +216,8 @@ class StepTimeMeasurements(Record):
     contention: Contention
     largest_affordable: PositiveInt | None = None
     """Largest size that was timed because the budget allowed no larger one; none when the budget did not bind."""
+    neighbours: tuple[StepTimePoint, ...] = ()
+    """A power of two b, b - 1, b + 1 and b + 8, timed in rounds of their own; empty when there was no room or no time."""
 
 
 class LoaderPoint(Record):

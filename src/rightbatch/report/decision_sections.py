@@ -2,9 +2,10 @@
 
 from datetime import datetime
 
+from rightbatch.records.estimates import Estimate
 from rightbatch.records.plan import Binding, Findings, Goal
 from rightbatch.report.document import Section, Table
-from rightbatch.report.phrases import estimate, excess, listed, percent, plain
+from rightbatch.report.phrases import estimate, excess, listed, percent, plain, signed_percent
 from rightbatch.units import format_ago_s, format_bytes, format_duration_s
 
 GOALS = {
@@ -96,16 +97,39 @@ def sizes(findings: Findings) -> Section | None:
 def practice(findings: Findings) -> Section | None:
     """Compare the choice with what people commonly do."""
     comparisons = findings.recommendation.comparisons
-    if not comparisons:
+    powers = _powers_of_two(findings)
+    if not comparisons and not powers:
         return None
     rows = tuple(
         (plain(each.label), str(each.global_batch_size), excess(each.relative_time), excess(each.relative_samples), each.evidence)
         for each in comparisons
     )
     header = ("instead", "batch", "time", "samples", "evidence")
-    table = Table(caption="What it would cost", header=header, rows=rows)
+    tables = (Table(caption="What it would cost", header=header, rows=rows),) if rows else ()
     sentence = "Predicted cost until the target against the choice, with 90 % intervals: + is worse, - is better."
-    return Section(key="practice", title="Common practice, compared", sentences=(sentence,), tables=(table,))
+    return Section(key="practice", title="Common practice, tested", sentences=(*([sentence] if rows else []), *powers), tables=tables)
+
+
+def _powers_of_two(findings: Findings) -> tuple[str, ...]:
+    """Say whether the power of two that was timed beside its neighbours is faster than they are."""
+    test = None if findings.step_time is None else findings.step_time.power_of_two
+    if test is None:
+        return ()
+    return (
+        f"Powers of two, tested: a step of {test.size} is {_faster_or_slower(test.relative_time)} than steps of "
+        f"{test.size - 1} and {test.size + 1}, their mean.",
+        f"{test.multiple_of_eight}, a multiple of 8, takes {excess(test.multiple_relative_time)} time a sample against {test.size}.",
+    )
+
+
+def _faster_or_slower(ratio: Estimate) -> str:
+    """Word a ratio of times with its interval: ``3.1 % slower [+2.0, +4.4]``; ``no faster`` when it holds 1."""
+    if ratio.value is None or ratio.low is None or ratio.high is None:
+        return "not known to be faster"
+    interval = f"[{signed_percent(ratio.low - 1).removesuffix(' %')}, {signed_percent(ratio.high - 1)}]"
+    if ratio.low <= 1 <= ratio.high:
+        return f"neither faster nor slower {interval}"
+    return f"{percent(abs(ratio.value - 1))} {'faster' if ratio.value < 1 else 'slower'} {interval}"
 
 
 def change(findings: Findings) -> Section | None:

@@ -11,6 +11,7 @@ from rightbatch.engine.rig import Rig
 from rightbatch.errors import IsolationError, NothingFitsError, UsageError
 from rightbatch.fits import lr_range as lr_range_fit
 from rightbatch.fits import noise_scale as noise_fit
+from rightbatch.fits import power_of_two
 from rightbatch.fits import step_time as step_time_fit
 from rightbatch.probes import branch, gradient_noise, loader, lr_range, memory, step_time
 from rightbatch.records.environment import Environment
@@ -52,6 +53,10 @@ _BUDGET_IN_USE = 0.95
 """The rest is for steps that overrun, and for judging."""
 _LARGEST_ROUND_SHARE = 0.1
 """No size is timed whose step alone takes more of the part's time than this."""
+_NEIGHBOURS_SHARE = 0.1
+"""Of the part's time, for the sizes beside a power of two."""
+_NEIGHBOUR_STEPS = 28
+"""Steps that their fewest rounds take where one step fills a round: four sizes, warmed up."""
 _COMMON_SIZES = (32, 128)
 """Always timed, because people ask what they would cost; 64 and 256 come with the knee or are interpolated."""
 _DEFAULT_PILOT_BATCH = 64
@@ -168,17 +173,29 @@ class Measuring:
         measure = partial(
             step_time.measure,
             is_decided=step_time_fit.is_decided,
-            budget_s=budget_s * 0.7,
+            budget_s=budget_s * 0.65,
             machine=machine,
             largest_affordable=None if largest >= ceiling else largest,
         )
         while len(sizes) > 1:
             outcome = self._host.call(measure, sizes)
             if isinstance(outcome, Completed):
-                return outcome.value
+                return self._with_neighbours(outcome.value, min(largest, ceiling), budget_s * _NEIGHBOURS_SHARE)
             self._say(f"memory ran out beside the batches of the other sizes: leaving out {sizes[-1]}")
             sizes = sizes[:-1]
         return self._required(measure, sizes)
+
+    def _with_neighbours(self, timed: StepTimeMeasurements, largest: int, budget_s: float) -> StepTimeMeasurements:
+        """Add the sizes beside a power of two near the knee, where they fit and their fewest rounds are cheap."""
+        curve = step_time_fit.fit_step_time(timed)
+        sizes = power_of_two.neighbours(curve.knee or 1, largest)
+        slowest_s = max(
+            (point.step_time_s.value or 0.0 for point in curve.points if point.micro_batch_size <= (curve.knee or 1)), default=0.0
+        )
+        if not sizes or slowest_s > budget_s / _NEIGHBOUR_STEPS:
+            return timed
+        outcome = self._host.call(step_time.measure_neighbours, sizes, budget_s=budget_s)
+        return timed.model_copy(update={"neighbours": outcome.value}) if isinstance(outcome, Completed) else timed
 
     def loader(self, budget_s: float) -> LoaderMeasurements:
         """Time the data loader."""

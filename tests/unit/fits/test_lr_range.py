@@ -100,6 +100,13 @@ def test_tie_goes_to_the_larger_rate():
     assert (answer.low, answer.high) == (pytest.approx(0.2 / math.sqrt(2)), pytest.approx(0.4 * math.sqrt(2)))
 
 
+def test_tie_does_not_go_to_the_neighbour_of_a_rate_that_diverged():
+    answer = fit_lr_range(measured(round_of({0.1: 1.5, 0.2: 1.0, 0.4: 1.005, 0.8: None})))
+
+    assert answer.value == 0.2
+    assert answer.high == pytest.approx(0.4 * math.sqrt(2))
+
+
 def test_noise_of_the_runs_decides_what_ties():
     losses = {0.1: 1.5, 0.2: 1.0, 0.4: 1.1, 0.8: 1.6, 1.6: None}
 

@@ -127,3 +127,13 @@ def test_contention_and_the_affordable_size_are_kept_beside_the_times():
     assert machine.reasons == ("A game is running.",)
     measured = step_time.measure(rig, (2,), is_decided=lambda m: True, budget_s=1.0, machine=machine, largest_affordable=64)
     assert (measured.contention, measured.largest_affordable) == (machine, 64)
+
+
+@pytest.mark.parametrize(("budget_s", "rounds"), [(1e-9, 5), (1e9, 15)])
+def test_neighbours_are_timed_in_five_to_fifteen_rounds(budget_s, rounds):
+    device = FakeDevice()
+    points = step_time.measure_neighbours(rig_on(device), (15, 16, 17, 24), budget_s=budget_s)
+
+    assert [point.micro_batch_size for point in points] == [15, 16, 17, 24]
+    for point in points:
+        assert point.step_times_s == pytest.approx([law(device, point.micro_batch_size)] * rounds)

@@ -212,7 +212,7 @@ def test_comparisons_are_draw_wise_and_name_their_evidence():
     answer = _recommend(step_time=fit_step_time(timed({b: law_s(b, 0.02, 8000.0) for b in sizes})), memory=memory(1000))
 
     by_label = {comparison.label: comparison for comparison in answer.comparisons}
-    assert set(by_label) == {"32", "64", "128", "256", "largest that fits", "best throughput"}
+    assert set(by_label) == {"32", "64", "128", "256", "power of two above", "largest that fits", "best throughput"}
     assert by_label["256"].evidence == "measured"
     assert by_label["64"].evidence == "extrapolated"
     own = [c for c in answer.comparisons if c.global_batch_size == answer.plan.global_batch_size]
@@ -294,3 +294,22 @@ def test_no_allowed_size_is_said():
 
     assert answer.plan is None
     assert "raise --max-batch" in answer.advice[0]
+
+
+def test_powers_of_two_beside_the_choice_are_compared():
+    sizes = (100, 200, 400, 800, 1600)
+    odd = fit_step_time(timed({b: law_s(b, 0.02, 8000.0) for b in sizes}))
+
+    answer = _recommend(step_time=odd, memory=memory(1600), noise_scale=noise(3000.0))
+
+    by_label = {comparison.label: comparison for comparison in answer.comparisons}
+    chosen = answer.plan.global_batch_size
+    assert by_label["power of two below"].global_batch_size < chosen < by_label["power of two above"].global_batch_size
+    assert all(by_label[f"power of two {side}"].relative_time.low is not None for side in ("below", "above"))
+
+
+def test_power_of_two_that_is_compared_anyway_is_not_repeated():
+    answer = _recommend()
+    sizes = [comparison.global_batch_size for comparison in answer.comparisons if comparison.label.isdigit()]
+    beside = [c.global_batch_size for c in answer.comparisons if c.label.startswith("power of two")]
+    assert not set(sizes) & set(beside)
