@@ -7,7 +7,7 @@ import pytest
 
 from planted_cases import CASES, PlantedCase, find_planted, planted_device, planted_knee
 from rightbatch.errors import NothingFitsError
-from rightbatch.fits.tradeoff import CALIBRATION_MEDIAN, GROWTH_WITH_PILOT_MEDIAN
+from rightbatch.fits.critical_batch import CALIBRATION_MEDIAN, GROWTH_WITH_PILOT_MEDIAN
 from rightbatch.records.estimates import Status
 from rightbatch.records.plan import Binding, Findings
 

@@ -17,6 +17,7 @@ from rightbatch.records.training import BranchMeasurements, BranchPlan, BranchPr
 EVALUATIONS = 16
 """Losses along the first branch; the others are evaluated after the same numbers of samples."""
 NO_TARGET = "The loss fell no further along the first branch than it scatters, so no other size was trained: give a larger --budget."
+CUT_SHORT = "The time ended while another size was trained, which is left out: a larger --budget checks more sizes."
 _MOST_EVALUATED = 1024
 _CHECKPOINT_SEED, _BRANCH_SEED, _HELD_OUT_SEED = 11, 12, 13
 
@@ -69,6 +70,7 @@ def measure(rig: Rig, *, checkpoint: BranchPlan, design: BranchDesign, budget_s:
         is_late = _never if not measured.probes else lambda: clock.now_s() > end_s
         losses = _train_branch(rig, trainee, branch, held_out, interval, is_over, is_late)
         if losses is None:
+            measured = measured.model_copy(update={"remark": CUT_SHORT})
             break
         probe = _probe(branch, float(trainee.optimizer.param_groups[0]["lr"]), losses)
         result, target_loss = design.conclude(probe, measured)

@@ -1,7 +1,7 @@
 """Which size to train next to learn most for the time it takes, and which size to choose after training probes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -102,7 +102,12 @@ def first_probe(candidates: Candidates, probes: Sequence[TrainingProbe] = ()) ->
 
 
 def next_probe(
-    candidates: Candidates, probes: Sequence[TrainingProbe], *, best_log_time: float, least_gain: float = LEAST_GAIN
+    candidates: Candidates,
+    probes: Sequence[TrainingProbe],
+    *,
+    best_log_time: float,
+    least_gain: float = LEAST_GAIN,
+    without: Collection[int] = (),
 ) -> Proposal | None:
     """Return the probe that removes most expected regret for its time; none when no probe is worth its time.
 
@@ -114,14 +119,15 @@ def next_probe(
         probes: What was trained; at least one reached the target.
         best_log_time: Log seconds to the target of the best probe.
         least_gain: Least regret removed for each run of the best size.
+        without: Sizes that are not to be trained.
 
     Source:
         Knowledge gradient with costs: Frazier, Powell and Dayanik, SIAM J. Control Optim. 47, 2008; Swersky et al. 2013.
     """
     posterior = weigh(candidates.curves, probes)
     simulation = _Simulation(candidates, posterior, probes, best_log_time)
-    tried_in_vain = {probe.global_batch_size for probe in probes if probe.outcome is not ProbeOutcome.REACHED}
-    proposals = [simulation.of(i) for i, size in enumerate(candidates.sizes) if int(size) not in tried_in_vain]
+    left_out = {*without, *(probe.global_batch_size for probe in probes if probe.outcome is not ProbeOutcome.REACHED)}
+    proposals = [simulation.of(i) for i, size in enumerate(candidates.sizes) if int(size) not in left_out]
     best = max(proposals, key=_gain, default=None)
     return best if best is not None and _gain(best) >= least_gain else None
 

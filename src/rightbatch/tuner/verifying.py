@@ -23,7 +23,7 @@ CHECKPOINT_EPOCHS, BRANCH_EPOCHS = 2, 4
 FEWEST_STEPS = 12
 """A size of which fewer steps fit into the time of the first branch is not trained."""
 MOST_BRANCHES = 8
-LEAST_GAIN = 0.005
+LEAST_GAIN = 0.003
 """A branch is much shorter than the run that is decided, so it may take its time for less regret than a whole training may."""
 _STAND_IN_LR_BATCH = 64
 """Where the workload does not say at which size its rate was tuned, its rate is taken as this size's."""
@@ -55,13 +55,13 @@ class Verification:
             return None
         pace_s = dict(zip(self.candidates.sizes.astype(int).tolist(), np.exp(self.candidates.log_time[0]).tolist(), strict=True))
         best_s = min(result.samples * pace_s[result.global_batch_size] for result in reached)
-        proposal = next_probe(self.candidates, results, best_log_time=math.log(best_s), least_gain=LEAST_GAIN)
+        trained = {result.global_batch_size for result in results}  # the same samples in the same order would come to the same loss
+        least_gain = LEAST_GAIN if len(results) > 1 else -math.inf  # one size beside the first is always trained: that was asked for
+        proposal = next_probe(self.candidates, results, best_log_time=math.log(best_s), least_gain=least_gain, without=trained)
         if proposal is None:
             return None
         branch = self.branches[proposal.index]
         size = branch.global_batch_size
-        if size in {result.global_batch_size for result in results}:
-            return None  # the same samples in the same order would come to the same loss
         return branch.model_copy(update={"most_samples": max(size, round(best_s / pace_s[size] / branch_fit.TARGET_SHARE))})
 
     def is_beyond(self, losses: Sequence[tuple[int, float]], target_loss: float) -> bool:

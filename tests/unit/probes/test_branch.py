@@ -107,6 +107,7 @@ def test_a_branch_that_the_clock_cuts_short_is_left_out():
     measured = measure(plan(), plan(), on=on, budget_s=1.0)
 
     assert len(measured.probes) == 1
+    assert "a larger --budget checks more sizes" in measured.remark
 
 
 @dataclass
