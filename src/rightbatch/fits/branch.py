@@ -15,6 +15,7 @@ STALLED = 0.25
 """A branch that falls this many times slower than the first did at the same loss has stalled."""
 _FEWEST_POINTS = 4
 _LEAST_FALL = 4.0
+_UNKNOWN_ERROR = 1.0
 
 Curve = Sequence[tuple[int, float]]
 """(samples, loss), ascending in samples."""
@@ -60,8 +61,25 @@ def target_loss(first: Curve) -> float | None:
     levels = monotone(first)
     samples, losses = [at for at, _ in levels], [loss for _, loss in levels]
     loss = float(np.interp(TARGET_SHARE * first[-1][0], samples, losses))
-    scatter = float(np.std([loss - np.interp(at, samples, losses) for at, loss in first]))
-    return loss if losses[0] - loss > _LEAST_FALL * scatter else None
+    return loss if losses[0] - loss > _LEAST_FALL * _scatter(first, levels) else None
+
+
+def log_error(curve: Curve) -> float:
+    """Standard error of the logarithm of samples read off a curve: its scatter over its mean slope in log samples.
+
+    A crossing lies between two levels, so two losses or more share in it.
+    """
+    levels = monotone(curve)
+    fall = levels[0][1] - levels[-1][1]
+    if fall <= 0:
+        return _UNKNOWN_ERROR
+    slope = fall / math.log(levels[-1][0] / levels[0][0])
+    return min(_scatter(curve, levels) / math.sqrt(2) / slope, _UNKNOWN_ERROR)
+
+
+def _scatter(curve: Curve, levels: Curve | tuple[tuple[float, float], ...]) -> float:
+    samples, losses = [at for at, _ in levels], [loss for _, loss in levels]
+    return float(np.std([loss - np.interp(at, samples, losses) for at, loss in curve]))
 
 
 def has_stalled(curve: Curve, first: Curve) -> bool:

@@ -132,13 +132,12 @@ def branch_curves(belief: CriticalBelief, *, middle: float, rng: np.random.Gener
     )
 
 
-def has_failed(size: int, branches: BranchMeasurements | None) -> bool:
-    """Whether a size failed in a branch, or lies beyond one that did, seen from the first branch."""
-    if branches is None or not branches.probes:
+def is_ruled_out(size: int, branches: BranchMeasurements | None) -> bool:
+    """Whether training says that a size is no candidate: it lies outside those that trained without failing, if there are two and more."""
+    if branches is None or len(branches.probes) < 2:
         return False
-    first = branches.probes[0].result.global_batch_size
-    failed = [p.result.global_batch_size for p in branches.probes if p.result.outcome is ProbeOutcome.FAILED]
-    return any(size >= bad > first or size <= bad < first for bad in failed)
+    trained = [p.result.global_batch_size for p in branches.probes if p.result.outcome is not ProbeOutcome.FAILED]
+    return bool(trained) and not min(trained) <= size <= max(trained)
 
 
 def _noise_log_sd(noise: NoiseScale | Estimate) -> float:

@@ -182,9 +182,9 @@ def draw_curves(
 def weigh(draws: CurveDraws, probes: Sequence[TrainingProbe]) -> CurvePosterior:
     """Weights of the draws given training probes, by importance sampling.
 
-    A probe that reached the target at b says y = log E_min + log E(b) + normal error of the draw's spread; with a flat prior the level
-    log E_min is integrated out, then drawn. One that was stopped at e samples says that log E > log e. One that failed says that
-    the size fails, or that it was unlucky.
+    A probe that reached the target at b says y = log E_min + log E(b) + normal error, of the draw's spread and its own; with a flat prior
+    the level log E_min is integrated out, then drawn. One that was stopped at e samples says that log E > log e. One that failed says
+    that the size fails, or that it was unlucky.
 
     Returns:
         Equal weights without probes.
@@ -194,7 +194,8 @@ def weigh(draws: CurveDraws, probes: Sequence[TrainingProbe]) -> CurvePosterior:
     level = np.zeros_like(log_weight)
     if reached:
         sizes = np.array([probe.global_batch_size for probe in reached], dtype=np.float64)
-        precision = 1 / draws.spread(sizes) ** 2
+        errors = np.array([probe.log_error for probe in reached])
+        precision = 1 / (draws.spread(sizes) ** 2 + errors**2)
         residual = np.log([probe.samples for probe in reached])[None, :] - draws.log_samples(sizes)
         total = precision.sum(axis=1)
         mean = (precision * residual).sum(axis=1) / total
@@ -208,18 +209,18 @@ def weigh(draws: CurveDraws, probes: Sequence[TrainingProbe]) -> CurvePosterior:
     return CurvePosterior(weights / weights.sum(), level)
 
 
-def log_probability_above(draws: CurveDraws, size: float, log_samples: float, level: FloatArray) -> FloatArray:
+def log_probability_above(draws: CurveDraws, size: float, log_samples: float, level: FloatArray, *, log_error: float = 0.0) -> FloatArray:
     """Log probability that a run at ``size`` needs more samples than that, one number a draw."""
     from scipy.special import log_ndtr
 
     at = np.array([size], dtype=np.float64)
-    standard = (level + draws.log_samples(at)[:, 0] - log_samples) / draws.spread(at)[:, 0]
+    standard = (level + draws.log_samples(at)[:, 0] - log_samples) / np.hypot(draws.spread(at)[:, 0], log_error)
     return np.where(draws.fails(at)[:, 0], 0.0, log_ndtr(standard))
 
 
 def _log_likelihood_without_target(draws: CurveDraws, probe: TrainingProbe, level: FloatArray, *, level_is_known: bool) -> FloatArray:
     if probe.outcome is ProbeOutcome.STOPPED and level_is_known:
-        return log_probability_above(draws, probe.global_batch_size, math.log(probe.samples), level)
+        return log_probability_above(draws, probe.global_batch_size, math.log(probe.samples), level, log_error=probe.log_error)
     if probe.outcome is ProbeOutcome.FAILED:
         fails = draws.fails(np.array([probe.global_batch_size], dtype=np.float64))[:, 0]
         return np.where(fails, 0.0, math.log(_UNLUCKY))

@@ -14,11 +14,13 @@ from rightbatch.engine.rig import Rig, seed_everything, shuffled_epochs
 from rightbatch.engine.step import Trainee, loss_sum, train_step
 from rightbatch.records.training import BranchMeasurements, BranchPlan, BranchProbe, ProbeOutcome, TrainingProbe
 
-EVALUATIONS = 16
+EVALUATIONS = 12
 """Losses along the first branch; the others are evaluated after the same numbers of samples."""
 NO_TARGET = "The loss fell no further along the first branch than it scatters, so no other size was trained: give a larger --budget."
 CUT_SHORT = "The time ended while another size was trained, which is left out: a larger --budget checks more sizes."
-_MOST_EVALUATED = 1024
+_MOST_EVALUATED = 512
+_STAGE_SHARE = 0.25
+"""Most of the budget that the checkpoint takes, and the first branch."""
 _CHECKPOINT_SEED, _BRANCH_SEED, _HELD_OUT_SEED = 11, 12, 13
 
 
@@ -51,7 +53,9 @@ def measure(rig: Rig, *, checkpoint: BranchPlan, design: BranchDesign, budget_s:
     state.restore(trainee, lr_factor=checkpoint.lr_factor)
     rig.say(f"training {checkpoint.most_samples} samples to the checkpoint")
     order = shuffled_epochs(rig.train_size, rig.seed + _CHECKPOINT_SEED)
-    seen = _train(rig, trainee, checkpoint, order, checkpoint.most_samples)
+    start_s = clock.now_s()
+    seen = _train(rig, trainee, checkpoint, order, checkpoint.most_samples, until_s=start_s + _STAGE_SHARE * budget_s)
+    affordable = int(seen * _STAGE_SHARE * budget_s / max(clock.now_s() - start_s, 1e-9))
     state = _State.of(trainee)
     held_out = _HeldOut(rig, checkpoint.micro_batch_size)
     measured = BranchMeasurements(
@@ -63,6 +67,8 @@ def measure(rig: Rig, *, checkpoint: BranchPlan, design: BranchDesign, budget_s:
     )
     interval = 0
     while (branch := design.next_branch(measured)) is not None and not (measured.probes and clock.now_s() > end_s):
+        if not measured.probes:  # the others are bounded by what this one takes
+            branch = branch.model_copy(update={"most_samples": max(branch.global_batch_size, min(branch.most_samples, affordable))})
         interval = interval or -(-branch.most_samples // EVALUATIONS)
         rig.say(f"branch {len(measured.probes) + 1}: batch {branch.global_batch_size}, up to {branch.most_samples} samples")
         state.restore(trainee, lr_factor=branch.lr_factor / checkpoint.lr_factor)
@@ -122,10 +128,10 @@ def _probe(branch: BranchPlan, lr: float, losses: list[tuple[int, float]]) -> Br
     return BranchProbe(micro_batch_size=branch.micro_batch_size, accumulation_steps=branch.accumulation_steps, result=result, losses=finite)
 
 
-def _train(rig: Rig, trainee: Trainee, branch: BranchPlan, order: Iterator[int], samples: int) -> int:
-    """Take whole steps until at least so many samples were trained on; return how many."""
+def _train(rig: Rig, trainee: Trainee, branch: BranchPlan, order: Iterator[int], samples: int, *, until_s: float = math.inf) -> int:
+    """Take whole steps, one at least, until so many samples were trained on or a time has come; return how many."""
     seen = 0
-    while seen < samples:
+    while seen == 0 or (seen < samples and (until_s == math.inf or rig.meters.clock.now_s() < until_s)):
         micro_batches = [rig.real_batch(list(islice(order, branch.micro_batch_size))) for _ in range(branch.accumulation_steps)]
         train_step(trainee, micro_batches)
         seen += branch.global_batch_size

@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from rightbatch.records.record import Record
 
@@ -27,6 +27,8 @@ class TrainingProbe(Record):
     outcome: ProbeOutcome
     samples: PositiveFloat
     """Samples to the target when it was reached; samples that were trained on without reaching it otherwise."""
+    log_error: NonNegativeFloat = 0.0
+    """Standard error of log samples from reading them off a noisy curve, apart from the scatter between seeds."""
 
 
 class BranchPlan(Record):

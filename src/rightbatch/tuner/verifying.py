@@ -12,7 +12,7 @@ from rightbatch.fits.critical_batch import branch_curves, critical_belief
 from rightbatch.fits.lr_range import with_tested_rate
 from rightbatch.fits.lr_scaling import couple_lr
 from rightbatch.fits.tradeoff import N_DRAWS
-from rightbatch.recommend.probing import Candidates, next_probe
+from rightbatch.recommend.probing import Candidates, choose_probed, next_probe
 from rightbatch.records.plan import Findings
 from rightbatch.records.training import BranchMeasurements, BranchPlan, BranchProbe, ProbeOutcome, TrainingProbe
 
@@ -46,7 +46,10 @@ class Verification:
     first: int
 
     def next_branch(self, measured: BranchMeasurements) -> BranchPlan | None:
-        """Return the branch that tells most for its time, stopped when it has taken as long as the best so far; none to stop."""
+        """Return the size that would be chosen now, if it was not trained yet, else the one that tells most for its time; none to stop.
+
+        A branch is stopped when it has taken as long as the best so far.
+        """
         if not measured.probes:
             return self.branches[self.first]
         results = tuple(probe.result for probe in measured.probes)
@@ -56,11 +59,14 @@ class Verification:
         pace_s = dict(zip(self.candidates.sizes.astype(int).tolist(), np.exp(self.candidates.log_time[0]).tolist(), strict=True))
         best_s = min(result.samples * pace_s[result.global_batch_size] for result in reached)
         trained = {result.global_batch_size for result in results}  # the same samples in the same order would come to the same loss
-        least_gain = LEAST_GAIN if len(results) > 1 else -math.inf  # one size beside the first is always trained: that was asked for
-        proposal = next_probe(self.candidates, results, best_log_time=math.log(best_s), least_gain=least_gain, without=trained)
-        if proposal is None:
-            return None
-        branch = self.branches[proposal.index]
+        index = choose_probed(self.candidates, results).index
+        if self.branches[index].global_batch_size in trained:
+            least_gain = LEAST_GAIN if len(results) > 1 else -math.inf  # one size beside the first is always trained: that was asked for
+            proposal = next_probe(self.candidates, results, best_log_time=math.log(best_s), least_gain=least_gain, without=trained)
+            if proposal is None:
+                return None
+            index = proposal.index
+        branch = self.branches[index]
         size = branch.global_batch_size
         return branch.model_copy(update={"most_samples": max(size, round(best_s / pace_s[size] / branch_fit.TARGET_SHARE))})
 
@@ -77,9 +83,11 @@ class Verification:
         if target is None:  # the first branch itself cannot be told from standing still: it says nothing about its size
             return result, None
         samples = branch_fit.samples_to_loss(probe.losses, target)
+        error = branch_fit.log_error(probe.losses) if len(probe.losses) > 1 else 0.0
         if samples is not None:
-            return result.model_copy(update={"outcome": ProbeOutcome.REACHED, "samples": samples}), target
-        return result.model_copy(update={"outcome": branch_fit.judged(probe, first=first, loss=target)}), target
+            return result.model_copy(update={"outcome": ProbeOutcome.REACHED, "samples": samples, "log_error": error}), target
+        outcome = branch_fit.judged(probe, first=first, loss=target)
+        return result.model_copy(update={"outcome": outcome, "log_error": error}), target
 
 
 def plan_verification(findings: Findings, budget_s: float, *, rng_seed: int = 0) -> Verification | str:

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from rightbatch.fits.branch import fit_branches, has_stalled, judged, monotone, samples_to_loss, target_loss
+from rightbatch.fits.branch import fit_branches, has_stalled, judged, log_error, monotone, samples_to_loss, target_loss
 from rightbatch.records.estimates import Status
 from rightbatch.records.training import BranchMeasurements, BranchProbe, ProbeOutcome, TrainingProbe
 
@@ -100,3 +100,19 @@ def test_curve_is_relative_to_the_first_branch():
     assert curve.status is Status.OK
     assert [point.relative_samples for point in curve.points] == [1.0, 1.5]
     assert fit_branches(measured.model_copy(update={"probes": probes[:1]}), None).status is Status.INDETERMINATE
+
+
+def test_samples_read_off_a_noisier_curve_have_a_larger_error():
+    quiet, loud = (log_error(falling(points=32, noise=noise, seed=3)) for noise in (0.02, 0.1))
+
+    assert log_error(falling()) == pytest.approx(0, abs=1e-12)
+    assert 0 < quiet < 0.5 * loud
+
+
+def test_that_error_is_about_the_scatter_of_the_samples_that_are_read_off():
+    target = 2 - 0.2 * math.log(2000)
+    curves = [falling(points=32, noise=0.01, seed=seed) for seed in range(200)]
+
+    scatter = np.std([math.log(samples_to_loss(curve, target)) for curve in curves])
+
+    assert np.median([log_error(curve) for curve in curves]) == pytest.approx(scatter, rel=0.5)

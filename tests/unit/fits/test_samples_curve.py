@@ -112,3 +112,13 @@ def test_measured_noise_takes_the_place_of_the_prior_on_the_critical_size():
     critical = np.geomspace(50, 500, 512)
 
     assert curves(critical=critical).log_critical == pytest.approx(np.log(critical))
+
+
+def test_a_probe_read_off_a_noisy_curve_weighs_less():
+    draws = replace(curves(), log_failing=np.full(512, math.inf))
+    exact = (reached(16, 1000.0), reached(1024, 5000.0))
+    rough = tuple(probe.model_copy(update={"log_error": 2.0}) for probe in exact)
+
+    spread = [float(np.std(weigh(draws, probes).weights)) for probes in (exact, rough)]
+
+    assert spread[1] < 0.3 * spread[0]

@@ -92,30 +92,35 @@ def test_a_branch_that_diverges_is_failed_and_its_losses_are_finite():
     assert all(math.isfinite(loss) for _, loss in measured.probes[0].losses)
 
 
-def test_the_first_branch_is_trained_to_its_end_and_none_is_begun_after_the_budget():
+def test_the_first_branch_is_as_long_as_the_budget_affords_and_none_is_begun_after_it():
     measured = measure(plan(), plan(), budget_s=0.0)
 
     assert len(measured.probes) == 1
-    assert measured.probes[0].losses[-1][0] == 64
+    assert measured.checkpoint_samples == measured.probes[0].losses[-1][0] == 8  # a step of each
 
 
 def test_a_branch_that_the_clock_cuts_short_is_left_out():
-    on = rig()
-    ticks = iter([0.0, 0.0, 0.0] + [100.0] * 50)
-    on.meters = type(on.meters)(clock=_Ticking(ticks), memory=on.meters.memory, energy=None, contention=on.meters.contention)
+    on, clock = rig(), _Clock()
+    on.meters = type(on.meters)(clock=clock, memory=on.meters.memory, energy=None, contention=on.meters.contention)
 
-    measured = measure(plan(), plan(), on=on, budget_s=1.0)
+    class Late(Script):
+        def next_branch(self, measured):
+            clock.calls_left = 1 if measured.probes else math.inf
+            return super().next_branch(measured)
+
+    measured = branch.measure(on, checkpoint=plan(samples=16), design=Late((plan(), plan())), budget_s=1.0)
 
     assert len(measured.probes) == 1
     assert "a larger --budget checks more sizes" in measured.remark
 
 
 @dataclass
-class _Ticking:
-    ticks: object
+class _Clock:
+    calls_left: float = math.inf
 
     def now_s(self):
-        return next(self.ticks)
+        self.calls_left -= 1
+        return 0.0 if self.calls_left >= 0 else 100.0
 
 
 def test_losses_are_taken_on_the_validation_set_where_there_is_one_and_in_evaluation_mode():
