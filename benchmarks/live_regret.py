@@ -2,12 +2,12 @@
 
 Run: python benchmarks/live_regret.py [--data cifar10_jpeg.npz] [--workloads FILE.py] [--truth FILE.json] [--noise] [--elsewhere] [--json]
 
-Three small CNNs (CIFAR-10 only with --data), or every public function of FILE.py that returns a ``rightbatch.Workload`` with ``valid``,
-``metric``, ``optimizer`` and ``lr_batch_size`` when called without arguments. The file names what to reach: ``TARGETS = {"function":
-"accuracy>=0.9"}`` (the word before >= is only a name), and may hold ``SIZES`` and ``SEEDS``. Trainings are kept in the truth file and only
-missing ones are made. Samples to the target do not depend on how busy the machine is; seconds are samples times the median processor
-seconds a sample of interleaved rounds over all sizes. On a machine that others use, `find` gets a budget that is longer by what they take.
-One thread, on the CPU. Exit code 1: a goal does not hold.
+Three small CNNs (CIFAR-10 only with --data; the trainings that are kept saw its JPEG form), or every public function of FILE.py that
+returns a ``rightbatch.Workload`` with ``valid``, ``metric``, ``optimizer`` and ``lr_batch_size`` when called without arguments. The file
+names what to reach: ``TARGETS = {"function": "accuracy>=0.9"}`` (the word before >= is only a name), and may hold ``SIZES`` and ``SEEDS``.
+Only trainings that the truth file lacks are made. Samples to the target do not depend on how busy the machine is; seconds are samples times
+the median processor seconds a sample of interleaved rounds over all sizes. On a machine that others use, `find` gets a budget that is
+longer by what they take. One thread, on the CPU. Exit code 1: a goal does not hold.
 """
 
 import argparse

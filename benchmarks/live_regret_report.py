@@ -4,7 +4,7 @@ from dataclasses import asdict
 from statistics import mean, stdev
 
 import live_regret_noise as noise
-from live_regret_scoring import Goal, Row, Score
+from live_regret_scoring import Goal, Row, Score, rate_saturation
 from rightbatch.records.estimates import Estimate, NoiseScale
 
 FOUND = {"recommendation", "step_time", "noise_scale", "tradeoff"}
@@ -27,6 +27,7 @@ def show(row: Row) -> str:
     fit = row.hyperbola
     lines += [
         f"  critical batch size of the sweep {fit.critical_batch_size:.0f} [{fit.low:.0f}, {fit.high:.0f}], rms of log E {fit.error:.3f}",
+        f"  the tuned rates stop growing at {rate_saturation(row.tuned):.0f}",
         "  policy                   size      rate    time   error  seconds  cost of the sweep",
         *(_policy(entry) for entry in row.scores),
         *(f"  {word}" for word in row.missing),
@@ -86,6 +87,7 @@ def document(row: Row) -> dict[str, object]:
         "policies": [{**asdict(entry), "reached": entry.reached, "regret": entry.regret} for entry in row.scores],
         "missing": row.missing,
         "critical_batch_size": asdict(row.hyperbola),
+        "rate_saturation": rate_saturation(row.tuned),
         "found": None if row.findings is None else row.findings.model_dump(mode="json", include=FOUND),
         "noise_along_runs": [noise.average_until(run, 1.0).model_dump(mode="json") for run in row.noise],
         "lines": noise_lines(row),

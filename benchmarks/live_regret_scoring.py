@@ -164,6 +164,18 @@ def fit_hyperbola(tuned: Sequence[Tuned], rng: np.random.Generator) -> Hyperbola
     )
 
 
+def rate_saturation(tuned: Sequence[Tuned]) -> float:
+    """B of the rule rate = most / (1 + B / b) through the tuned rates: where the best rate stops growing with the size, in samples.
+
+    Source:
+        McCandlish et al. 2018, arXiv:1812.06162, equation 2.6.
+    """
+    sizes = np.array([entry.size for entry in tuned], dtype=np.float64)
+    grid = np.geomspace(sizes.min() / 100, sizes.max() * 100, _GRID)
+    levels = np.log([entry.lr for entry in tuned])[None, :] + np.log1p(grid[:, None] / sizes[None, :])
+    return float(grid[levels.std(axis=1).argmin()])
+
+
 def goals(scores: Mapping[str, Sequence[Score]]) -> list[Goal]:
     """What must hold over all workloads."""
     found = _of(scores, FIND)

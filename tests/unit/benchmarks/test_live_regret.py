@@ -16,7 +16,7 @@ from torch import nn
 import findings_samples
 import live_regret
 import live_regret_policies as policies
-from live_regret_scoring import Policy, best_of, cost_s, fit_hyperbola, goals, score
+from live_regret_scoring import Policy, best_of, cost_s, fit_hyperbola, goals, rate_saturation, score
 from live_regret_training import Crossing, Trainer
 from live_regret_truth import CONTENDS, REACH, Ending, Training, Truth, Tuned, fingerprint, hill_climb, rounded, sweep
 from rightbatch.errors import InconclusiveError, RightbatchWarning
@@ -279,6 +279,11 @@ def test_the_hyperbola_recovers_a_planted_critical_batch_size():
     assert found.critical_batch_size == pytest.approx(90, rel=0.15)
     assert found.fewest_samples == pytest.approx(1000, rel=0.1)
     assert found.high / found.low < 2
+
+
+def test_the_saturation_of_tuned_rates_is_recovered_from_a_grid_of_rates():
+    tuned = [entry(size, 90, lr=0.01 * 2.0 ** round(math.log2(40 / (1 + 120 / size)))) for size in (8, 16, 32, 64, 128, 256, 512, 1024)]
+    assert rate_saturation(tuned) == pytest.approx(120, rel=0.35)
 
 
 def test_the_crossing_is_interpolated_in_the_logarithm_of_the_samples():
