@@ -4,7 +4,7 @@ import math
 from typing import Literal, TypeAlias
 
 from rightbatch.fits.lr_company import LAYERWISE_FAMILY, company
-from rightbatch.records.estimates import NoiseSnapshot
+from rightbatch.records.estimates import NoiseScale, NoiseSnapshot, Status
 from rightbatch.records.measurements import WorkloadSummary
 from rightbatch.records.plan import LrCoupling
 from rightbatch.units import format_number
@@ -15,6 +15,17 @@ SGD_FAMILY = frozenset({"SGD", "ASGD"})
 ADAPTIVE_FAMILY = frozenset({"Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "RMSprop"})
 _POWERS = {"LARS": (0.39, 0.30), "LAMB": (0.70, 0.56)}
 """Powers of the saturating gain, and of kappa alone, that tuned MLPerf runs followed: ResNet with LARS, BERT with LAMB (theory page)."""
+
+
+def saturation_size(noise: NoiseScale | None) -> float | None:
+    """Size beyond which tuned rates stop growing, in samples: the measured noise scale itself, or its lower bound; none when unknown.
+
+    Not the critical batch size: on three small CNNs tuned rates stopped growing at 1.08 times the noise scale of the run, while the
+    critical batch size was 0.99 to 2.3 times it (docs/decisions/013-calibration-and-rates.md).
+    """
+    if noise is None:
+        return None
+    return noise.low if noise.status is Status.AT_LEAST else noise.value if noise.status is Status.OK else None
 
 
 def couple_lr(

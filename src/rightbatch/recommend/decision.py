@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 
 from rightbatch.fits.devices import fit_devices
-from rightbatch.fits.lr_scaling import couple_lr
+from rightbatch.fits.lr_scaling import couple_lr, saturation_size
 from rightbatch.fits.tradeoff import CostDraws, draw_costs, relative_to_best, summarise
 from rightbatch.recommend.advice import Context, advise
 from rightbatch.recommend.choice import binding_constraint, choose, equivalents, relative_time
@@ -181,11 +181,10 @@ def _is_narrow(tradeoff: Tradeoff | None) -> bool:
 
 def _plan(request: _Request, draws: CostDraws, chosen: int) -> tuple[BatchPlan, LrCoupling]:
     workload, candidate = request.workload, draws.candidates[chosen]
-    critical = None if request.tradeoff is None else request.tradeoff.critical_batch_size.value
     snapshots = () if request.noise_scale is None else request.noise_scale.snapshots
     lr = couple_lr(
         workload,
-        critical,
+        saturation_size(request.noise_scale),
         candidate.global_batch_size,
         micro_batch_size=candidate.micro_batch_size,
         snapshot=snapshots[-1] if snapshots else None,

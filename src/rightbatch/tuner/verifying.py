@@ -10,7 +10,7 @@ from rightbatch.engine.rig import STAND_IN_LR
 from rightbatch.fits import branch as branch_fit
 from rightbatch.fits.critical_batch import branch_curves, critical_belief
 from rightbatch.fits.lr_range import with_tested_rate
-from rightbatch.fits.lr_scaling import couple_lr
+from rightbatch.fits.lr_scaling import couple_lr, saturation_size
 from rightbatch.fits.tradeoff import N_DRAWS
 from rightbatch.recommend.probing import Candidates, choose_probed, next_probe
 from rightbatch.records.plan import Findings
@@ -117,7 +117,6 @@ def plan_verification(findings: Findings, budget_s: float, *, rng_seed: int = 0)
             f"The answer was not checked by training: in {first_samples} samples fewer than two sizes take {FEWEST_STEPS} steps; "
             "give a larger --budget, or more data."
         )
-    critical = tradeoff.critical_batch_size.value
     base = with_tested_rate(findings.workload, findings.lr_range)
     base = base.model_copy(update={"lr_batch_size": base.lr_batch_size or _STAND_IN_LR_BATCH})
     tested_over_own = (base.lr or STAND_IN_LR) / (findings.workload.lr or STAND_IN_LR)
@@ -125,7 +124,7 @@ def plan_verification(findings: Findings, budget_s: float, *, rng_seed: int = 0)
         BranchPlan(
             micro_batch_size=point.micro_batch_size,
             accumulation_steps=point.accumulation_steps,
-            lr_factor=tested_over_own * couple_lr(base, critical, point.global_batch_size).factor,
+            lr_factor=tested_over_own * couple_lr(base, saturation_size(noise), point.global_batch_size).factor,
             most_samples=max(int(time_s / pace_s[point.global_batch_size]), FEWEST_STEPS * point.global_batch_size),
         )
         for point in points

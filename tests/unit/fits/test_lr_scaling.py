@@ -2,8 +2,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oracles.oracle_curves import workload
-from rightbatch.fits.lr_scaling import couple_lr, saturating_gain, surge_gain
+from oracles.oracle_curves import noise, workload
+from rightbatch.fits.lr_scaling import couple_lr, saturating_gain, saturation_size, surge_gain
+from rightbatch.records.estimates import Status
 
 
 def test_sgd_is_linear_far_below_the_noise_scale():
@@ -106,3 +107,10 @@ def test_the_tuned_size_itself_needs_no_companions():
     coupling = couple_lr(workload(), 300.0, 128)
 
     assert (coupling.factor, coupling.companions) == (1.0, ())
+
+
+def test_rates_saturate_at_the_measured_noise_scale_or_its_lower_bound():
+    assert saturation_size(noise(80.0)) == 80.0
+    assert saturation_size(noise(80.0, factor=2.0, status=Status.AT_LEAST)) == 40.0
+    assert saturation_size(noise(status=Status.INDETERMINATE)) is None
+    assert saturation_size(None) is None
