@@ -146,7 +146,7 @@ def test_dataset_smaller_than_the_batch_caps_the_answer(here: Run, project: Path
     memory = findings["memory"]
     assert memory["ceiling"] == size or (memory["ceiling"] < size and memory["stopped_by"] == "budget")  # on a busy machine
     assert (memory["largest_allowed"], memory["largest_allowed_source"]) == (size, "dataset")
-    if size <= 3:
+    if size <= 2:  # of three samples every one is seen, so that nothing is uncertain about their mean gradient
         assert findings["noise_scale"]["value"] is None
 
 

@@ -51,6 +51,7 @@ def test_a_ceiling_within_a_real_limit_is_measured_in_what_that_limit_counts(tmp
     assert memory["limit"]["limit_bytes"] < ROOM_BYTES + 64 * MIB < GIB
     assert "peak address space" in memory["allocator"]
     assert memory["ceiling"] < 60_000
-    ceiling = next(point for point in memory["points"] if point["micro_batch_size"] == memory["ceiling"])
-    assert ceiling["outcome"] == "ran"
-    assert 0.8 * memory["limit"]["limit_bytes"] < ceiling["used_bytes"] <= memory["limit"]["limit_bytes"]
+    ran = {point["micro_batch_size"]: point["used_bytes"] for point in memory["points"] if point["outcome"] == "ran"}
+    assert memory["ceiling"] == max(ran)
+    # What malloc maps varies: the ceiling's own step may take less than a smaller one's that came near the limit.
+    assert 0.8 * memory["limit"]["limit_bytes"] < max(ran.values()) <= memory["limit"]["limit_bytes"]
