@@ -1,4 +1,4 @@
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from oracles.oracle_memory import attempt, ceiling_by_counting, ceiling_of, peak_of, recorded, search, trace_of
@@ -16,6 +16,7 @@ limits = st.integers(600 * MIB, 12_000 * MIB)
 
 
 @settings(max_examples=80, deadline=None)
+@example(trace=trace_of((0, 16384, 55)), limit=764267533, extra=822996, scale=20, offset=0, measures=True)  # uses of half a byte
 @given(trace=traces, limit=limits, extra=st.integers(0, 4000 * MIB), scale=scales, offset=st.integers(0, 100 * MIB), measures=st.booleans())
 def test_more_memory_never_lowers_the_ceiling(trace, limit, extra, scale, offset, measures):
     def used(size):

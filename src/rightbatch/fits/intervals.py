@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from rightbatch.records.estimates import Estimate, Status
 
 FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
 
 NORMAL_QUANTILE_95 = 1.959963984540054
 """Half-width of a two-sided 95 % normal interval, in standard deviations."""

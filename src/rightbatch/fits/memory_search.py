@@ -27,6 +27,8 @@ _LARGEST_MARGIN = 0.25
 _OWN_ERROR = 0.02
 """Added in quadrature to what two readings differ by: noisy ones can agree by chance."""
 _DETERMINISTIC_ERROR = 1e-6
+_ROUNDING_BYTES = 2
+"""Both a line's value and a use that is a fraction of bytes are rounded to whole ones."""
 
 
 def touch_sizes(trace: MemoryTrace, limit_bytes: int, largest_allowed: int) -> tuple[int, ...]:
@@ -172,7 +174,11 @@ def _tells_a_slope(trace: MemoryTrace, points: Sequence[MemoryPoint]) -> bool:
 def _is_exact(trace: MemoryTrace, points: Sequence[MemoryPoint]) -> bool:
     """Whether one line goes through the measured use of three sizes and more: chance does not do that, so the device follows the trace."""
     measured = {*zip(trace.batch_sizes, trace.used_bytes, strict=False), *readings(trace, points)}
-    return len({size for size, _ in measured}) > 2 and _worst_miss(calibrate(trace, points), trace, measured) <= _DETERMINISTIC_ERROR
+    line = calibrate(trace, points)
+    misses = ((abs(line.used_bytes(regressor(trace, size)) - used), used) for size, used in measured)
+    return len({size for size, _ in measured}) > 2 and all(
+        miss <= max(_ROUNDING_BYTES, _DETERMINISTIC_ERROR * used) for miss, used in misses
+    )
 
 
 def _was_measured(points: Sequence[MemoryPoint], size: int) -> bool:

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from rightbatch.fits.intervals import FloatArray, normal_draws
+from rightbatch.fits.intervals import BoolArray, FloatArray, normal_draws
 from rightbatch.records.training import ProbeOutcome, TrainingProbe
 
 LrRegime = Literal["tuned", "coupled", "fixed"]
@@ -105,7 +105,7 @@ class CurveDraws:
         """How far the logarithm of the mean over seeds lies above the mean of the logarithm, shape (draws, sizes): stragglers count."""
         return np.asarray(np.minimum(self.spread(sizes), _LARGEST_SPREAD) ** 2 / 2)
 
-    def fails(self, sizes: FloatArray) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+    def fails(self, sizes: FloatArray) -> BoolArray:
         """Whether no run reaches the target, shape (draws, sizes)."""
         return np.asarray(np.log(np.asarray(sizes, dtype=np.float64))[None, :] > self.log_failing[:, None])
 

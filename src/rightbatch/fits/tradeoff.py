@@ -11,7 +11,7 @@ import numpy as np
 
 from rightbatch.errors import UsageError
 from rightbatch.fits.critical_batch import curves_of, is_ruled_out
-from rightbatch.fits.intervals import FloatArray, log_standard_error, normal_draws
+from rightbatch.fits.intervals import BoolArray, FloatArray, log_standard_error, normal_draws
 from rightbatch.fits.samples_curve import CurveDraws
 from rightbatch.fits.step_time import StepTimeLaw
 from rightbatch.records.estimates import (
@@ -67,6 +67,8 @@ class CostDraws:
     """Seconds of a step at those sizes."""
     optimizer_time_s: float
     law: StepTimeLaw | None
+    may_be_chosen: BoolArray
+    """Whether training leaves each candidate open to be chosen."""
     world_size: int = 1
 
     @property
@@ -144,14 +146,13 @@ def draw_costs(
 
     Candidates are all timed sizes and, beyond the largest of them, 2, 4, 8, ... accumulated micro-batches of the best throughput, where the
     loss lets a batch be split. With accumulation, t = A (t_micro - t_optimizer) + t_optimizer. Training from a checkpoint at several sizes
-    weighs the draws; sizes outside those that trained there without failing are no candidates.
+    weighs the draws; sizes outside those that trained there without failing may not be chosen.
     """
     timed = [point for point in step_time.points if point.step_time_s.value is not None]
     if memory is not None and memory.ceiling is not None:
         ceiling = memory.ceiling
         timed = [point for point in timed if point.micro_batch_size <= ceiling]
     chosen = candidates(timed, workload, constraints, accumulation_ceiling=None if memory is None else memory.accumulation_ceiling)
-    chosen = tuple(candidate for candidate in chosen if not is_ruled_out(candidate.global_batch_size, branches))
     if not chosen:
         return None
     times_s = np.column_stack([_step_time_draws(point, rng) for point in timed])
@@ -176,6 +177,7 @@ def draw_costs(
         measured_time_s=times_s,
         optimizer_time_s=optimizer_time_s,
         law=law,
+        may_be_chosen=np.array([not is_ruled_out(candidate.global_batch_size, branches) for candidate in chosen]),
         world_size=constraints.world_size,
     )
 

@@ -24,7 +24,7 @@ def choose(draws: CostDraws, objective: Objective) -> int:
     Raises:
         UsageError: The goal is energy and none was measured.
     """
-    relative = relative_to_best(draws.objective(objective.goal)).mean(axis=0)
+    relative = np.where(draws.may_be_chosen, relative_to_best(draws.objective(objective.goal)).mean(axis=0), np.inf)
     enough = np.flatnonzero(relative <= relative.min() + objective.tolerance)
     if objective.goal is Goal.SAMPLES:
         time = relative_to_best(draws.time()).mean(axis=0)
@@ -41,6 +41,7 @@ def equivalents(draws: CostDraws, objective: Objective, chosen: int) -> tuple[in
     if not good.any():
         expected = relative.mean(axis=0)
         good = expected <= expected.min() + objective.tolerance
+    good &= draws.may_be_chosen
     good[chosen] = True
     return tuple(sorted({draws.candidates[i].global_batch_size for i in np.flatnonzero(good)}))
 

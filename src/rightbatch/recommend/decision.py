@@ -262,13 +262,14 @@ def _half_the_memory(memory: MemoryCurve | None, draws: CostDraws) -> CostDraws 
         return None
     fitting = [size for size, used in memory.curve if used <= memory.limit.limit_bytes // 2]
     kept = [i for i, candidate in enumerate(draws.candidates) if candidate.micro_batch_size <= max(fitting, default=0)]
-    if not kept or len(kept) == len(draws.candidates):
+    if len(kept) == len(draws.candidates) or not draws.may_be_chosen[kept].any():
         return None
     energy = draws.energy_per_step_j
     return replace(
         draws,
         candidates=tuple(draws.candidates[i] for i in kept),
         compute_time_s=draws.compute_time_s[:, kept],
+        may_be_chosen=draws.may_be_chosen[kept],
         energy_per_step_j=None if energy is None else energy[kept],
     )
 
