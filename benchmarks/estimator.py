@@ -23,6 +23,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy
 
 import rightbatch as rb
+from goals import Goal, exit_code, goal, print_goals
 from noise_recipes import RECIPES, Floats
 from rightbatch.engine.gradients import GradientBlocks, flat_gradient
 from rightbatch.engine.step import Trainee, backward_mean, clear_gradients
@@ -46,7 +47,6 @@ MULTIPLES = (0.25, 0.5, 1, 2, 4, 8, 16, 32)
 FEW = 0.35
 """So few noise scales of samples that many an interval is a half-line."""
 FACTOR_WANTED, SHARE_WITHIN = 1.3, 0.68
-Goal = dict[str, object]
 Row = dict[str, object]
 
 
@@ -262,10 +262,6 @@ def difference_on_network() -> dict[str, float]:
     return {name: max(abs(s / trace - 1), abs(g / sq_norm - 1)) for name, (s, g) in said.items()}
 
 
-def goal(name: str, value: object, unit: str, wanted: str, *, holds: bool) -> Goal:
-    return {"name": name, "value": value, "unit": unit, "goal": wanted, "holds": bool(holds)}
-
-
 def goals_of(
     frozen_rows: Sequence[Row],
     weak_rows: Sequence[Row],
@@ -336,10 +332,8 @@ def main() -> int:
             print(f"{name}\n{text_of(part)}\n")
         print("noise scales of samples for a factor 1.3 in 68 % of runs: " + ", ".join(f"{k} {v or 'more'}" for k, v in needed.items()))
         print("difference to per-sample gradients: " + ", ".join(f"{name} {value:.1e}" for name, value in network.items()) + "\n")
-        for item in goals:
-            print(f"{'ok  ' if item['holds'] else 'FAIL'} {item['name']}: {item['value']} {item['unit']} (goal {item['goal']})")
-        print(" · ".join(f"{key} {value}" for key, value in environment.items()))
-    return 0 if all(item["holds"] for item in goals) else 1
+        print_goals(goals, environment)
+    return exit_code(goals)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ import live_regret_scoring as scoring
 import live_regret_training as training
 import live_regret_truth as truths
 import rightbatch as rb
+from goals import exit_code, goal_line
 from live_regret_scoring import Policy, Row
 from rightbatch.engine.provenance import environment
 from rightbatch.records.plan import Findings
@@ -178,11 +179,11 @@ def main() -> int:
         "slowdown": {row.name: round(row.slowdown, 1) for row in rows},
         "disturbances": {row.name: row.disturbances for row in rows},
     }
-    text = "\n\n".join((*map(report.show, rows), "\n".join(map(report.goal_line, goals))))
+    text = "\n\n".join((*map(report.show, rows), "\n".join(map(goal_line, goals))))
     print(text, " · ".join(f"{key} {value}" for key, value in where.items()), sep="\n", file=sys.stderr if options.json else sys.stdout)
     if options.json:
         print(json.dumps({"goals": goals, "workloads": [report.document(row) for row in rows], "environment": where}, indent=2))
-    return 0 if all(goal["holds"] for goal in goals) else 1
+    return exit_code(goals)
 
 
 if __name__ == "__main__":

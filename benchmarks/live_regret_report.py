@@ -4,7 +4,7 @@ from dataclasses import asdict
 from statistics import mean, stdev
 
 import live_regret_noise as noise
-from live_regret_scoring import Goal, Row, Score, rate_saturation
+from live_regret_scoring import Row, Score, rate_saturation
 from rightbatch.records.estimates import Estimate, NoiseScale
 
 FOUND = {"recommendation", "step_time", "noise_scale", "tradeoff"}
@@ -92,8 +92,3 @@ def document(row: Row) -> dict[str, object]:
         "noise_along_runs": [noise.average_until(run, 1.0).model_dump(mode="json") for run in row.noise],
         "lines": noise_lines(row),
     }
-
-
-def goal_line(goal: Goal) -> str:
-    """Return one goal as a line."""
-    return f"{'ok  ' if goal['holds'] else 'FAIL'} {goal['name']}: {goal['value']} {goal['unit']} (goal {goal['goal']})"

@@ -7,6 +7,7 @@ from statistics import mean, stdev
 
 import numpy as np
 
+from goals import Goal
 from live_regret_truth import Training, Tuned
 from rightbatch.records.estimates import Estimate
 from rightbatch.records.measurements import GradientNoiseMeasurements
@@ -16,8 +17,6 @@ BOOTSTRAPS = 500
 MOST_MEAN_REGRET, MOST_WORST_REGRET, MOST_COST, MOST_VERIFIED_REGRET = 0.10, 0.25, 0.10, 0.05
 FIND, VERIFY = "find", "find --verify"
 _GRID = 800
-
-Goal = dict[str, object]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import rightbatch as rb
+from goals import Goal, exit_code, print_goals
 from rightbatch.engine.isolation import ChildHost, Completed
 from rightbatch.engine.meters import meters_for
 from rightbatch.engine.rig import Rig
@@ -41,7 +42,6 @@ MODES = {**MALLOC_SETTINGS, "1 MiB": {"MALLOC_MMAP_THRESHOLD_": str(2**20)}}
 SIZES = (512, 1000, 1000, 300)
 SMALL, LARGE, AGAIN, AFTER = range(4)
 MOST_APART, MOST_GROWN = 0.02, 1.05
-Goal = dict[str, object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,10 +200,8 @@ def main() -> int:
         print(json.dumps({"goals": goals, "rows": lines, "environment": environment}, indent=2))
     else:
         print_table(lines)
-        for goal in goals:
-            print(f"{'ok  ' if goal['holds'] else 'FAIL'} {goal['name']}: {goal['value']} (goal {goal['goal']})")
-        print(" · ".join(f"{key} {value}" for key, value in environment.items()))
-    return 0 if all(goal["holds"] for goal in goals) else 1
+        print_goals(goals, environment)
+    return exit_code(goals)
 
 
 def named_workload(path: Path, name: str) -> rb.Workload:

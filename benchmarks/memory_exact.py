@@ -27,6 +27,7 @@ import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 
 import rightbatch as rb
+from goals import Goal, exit_code, print_goals
 from rightbatch.engine.memory_trace import AllocationLog
 from rightbatch.engine.meters import meters_for
 from rightbatch.engine.rig import Rig
@@ -47,7 +48,6 @@ CURVE_S_WANTED = 1.0
 LARGEST_SHARE = 0.4
 """Of the memory that is available: no size is recorded that is expected to need more."""
 CPU = torch.device("cpu")
-Goal = dict[str, object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,10 +264,8 @@ def main() -> int:
     if options.json:
         print(json.dumps({"goals": goals, "rows": [document_of(row) for row in rows], "environment": environment}, indent=2))
     else:
-        for goal in goals:
-            print(f"{'ok  ' if goal['holds'] else 'FAIL'} {goal['name']}: {goal['value']} {goal['unit']} (goal {goal['goal']})")
-        print(" · ".join(f"{key} {value}" for key, value in environment.items()))
-    return 0 if all(goal["holds"] for goal in goals) else 1
+        print_goals(goals, environment)
+    return exit_code(goals)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from torch import nn
 
 import rightbatch as rb
 from finder_tools import OURS, PEERS, Task, searched, simulated
+from goals import Goal, exit_code, goal, print_goals
 from rightbatch.engine.isolation import InProcessHost
 from rightbatch.tuner.measuring import MALLOC_SETTINGS
 from rightbatch.units import MIB
@@ -53,7 +54,6 @@ INSTALL = (
 PEER_PACKAGES = ("lightning", "accelerate", "batch-finder", "torch")
 STATE_CEILING, STATE_SEARCHES = 5, 100
 LIMIT_S = 1200.0
-Goal = dict[str, object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,24 +179,22 @@ def goals_of(rows: Sequence[Row], kept: int) -> list[Goal]:
     probes = [row.number("probes") for row in proved]
     device = min(row.share for row in ours if row.case.limit == "device")
     goals: list[Goal] = [
-        goal("probes with proof, median", statistics.median(probes), "", "<= 4", statistics.median(probes) <= 4),
-        goal("probes with proof, most", max(probes), "", "<= 6", max(probes) <= 6),
-        goal("found of the true ceiling on the simulated device, least", device, "", "1", device == 1),
+        goal("probes with proof, median", statistics.median(probes), "", "<= 4", holds=statistics.median(probes) <= 4),
+        goal("probes with proof, most", max(probes), "", "<= 6", holds=max(probes) <= 6),
+        goal("found of the true ceiling on the simulated device, least", device, "", "1", holds=device == 1),
     ]
     for limit, mode in MODES.items():
         errors = sum(row.number("out_of_memory_errors") for row in alone if row.case.limit == limit)
-        goals.append(goal(f"out-of-memory errors without proof, {limit}, {mode} malloc", errors, "", "0", errors == 0))
+        goals.append(goal(f"out-of-memory errors without proof, {limit}, {mode} malloc", errors, "", "0", holds=errors == 0))
         share = statistics.median(row.share for row in ours if row.case.limit == limit)
         if limit != "device":
-            goals.append(goal(f"found of the true ceiling, {limit}, {mode} malloc, median", round(share, 3), "", ">= 0.97", share >= 0.97))
+            goals.append(
+                goal(f"found of the true ceiling, {limit}, {mode} malloc, median", round(share, 3), "", ">= 0.97", holds=share >= 0.97)
+            )
     ran = sum(bool(row.result["ever_ran"]) for row in ours)
-    goals.append(goal("ceilings that were run", ran, f"of {len(ours)}", "all", ran == len(ours)))
-    goals.append(goal("searches in this process that left it as it was", kept, f"of {STATE_SEARCHES}", "all", kept == STATE_SEARCHES))
+    goals.append(goal("ceilings that were run", ran, f"of {len(ours)}", "all", holds=ran == len(ours)))
+    goals.append(goal("searches in this process that left it as it was", kept, f"of {STATE_SEARCHES}", "all", holds=kept == STATE_SEARCHES))
     return goals
-
-
-def goal(name: str, value: float, unit: str, wanted: str, holds: bool) -> Goal:  # noqa: FBT001
-    return {"name": name, "value": value, "unit": unit, "goal": wanted, "holds": holds}
 
 
 def print_row(row: Row) -> None:
@@ -276,10 +274,8 @@ def main() -> int:
         print(json.dumps({"goals": goals, "rows": table, "environment": environment}, indent=2))
     else:
         print_medians(rows)
-        for one in goals:
-            print(f"{'ok  ' if one['holds'] else 'FAIL'} {one['name']}: {one['value']} {one['unit']} (goal {one['goal']})")
-        print(" · ".join(f"{key} {value}" for key, value in environment.items()))
-    return 0 if all(one["holds"] for one in goals) else 1
+        print_goals(goals, environment)
+    return exit_code(goals)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import rightbatch as rb
+from goals import Goal, exit_code, print_goals
 from memory_exact import workloads_of
 from noise_recipes import Floats
 from rightbatch.engine.meters import meters_for
@@ -45,7 +46,6 @@ VARIANTS = {"duty-cycled": DUTY, "every step": 1, "bare again": None}
 MOST = {"duty-cycled": 1.02, "every step": 1.05}
 STEPS_OF_RANKS, MICRO_OF_RANKS = 12, 16
 CPU = torch.device("cpu")
-Goal = dict[str, object]
 Steps = NDArray[np.int64]
 Parts = Iterator[tuple[float, list[Tensor]]]
 
@@ -262,10 +262,8 @@ def main() -> int:
     if options.json:
         print(json.dumps({"goals": goals, "rows": kept, "ranks_off": off, "environment": environment}, indent=2))
     else:
-        for item in goals:
-            print(f"{'ok  ' if item['holds'] else 'FAIL'} {item['name']}: {item['value']} {item['unit']} (goal {item['goal']})")
-        print(" · ".join(f"{key} {value}" for key, value in environment.items()))
-    return 0 if all(item["holds"] for item in goals) else 1
+        print_goals(goals, environment)
+    return exit_code(goals)
 
 
 if __name__ == "__main__":

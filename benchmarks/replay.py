@@ -24,12 +24,12 @@ from pathlib import Path
 import numpy as np
 
 import replay_policies as policies
+from goals import Goal, exit_code, print_goals
 from replay_policies import Pick, Policy, Sequential
 from replay_traces import Cell, NoiseTrace, read_pollux, read_rcp, read_zeus
 from rightbatch import __version__
 from rightbatch.fits.samples_curve import PRIORS, CurvePrior, LrRegime
 
-Goal = dict[str, object]
 MOST_RUNS = 2.5
 PATIENT = 4.0
 """Where probes are counted and not their time, one is stopped only at so many times the best."""
@@ -241,10 +241,8 @@ def main() -> int:
         for name, rows in left_out.items():
             print_left_out(name, rows)
         print()
-        for goal in goals:
-            print(f"{'ok  ' if goal['holds'] else 'FAIL'} {goal['name']}: {goal['value']} {goal['unit']} (goal {goal['goal']})")
-        print(" · ".join(f"{key} {value}" for key, value in environment.items()))
-    return 0 if all(goal["holds"] for goal in goals) else 1
+        print_goals(goals, environment)
+    return exit_code(goals)
 
 
 if __name__ == "__main__":
