@@ -1,6 +1,7 @@
 """Probes leave the caller as they found it, whatever they do, and whatever becomes of the child."""
 
 import contextlib
+import gc
 import hashlib
 import os
 import pickle
@@ -503,3 +504,16 @@ def test_a_script_without_a_main_guard_finds_a_plan_and_its_stdout_is_its_own(tm
     assert done.stdout.count("\n") == 1
     assert "chatter of the model" in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["train.py"]
+
+
+def _collection_counts(_rig: Rig) -> tuple[int, int]:
+    return gc.get_freeze_count(), len(gc.get_objects())
+
+
+def test_a_child_does_not_walk_through_torch_at_every_collection() -> None:
+    host = ChildHost(build(Users().workload()), lambda _: None)
+
+    with contextlib.closing(host):
+        frozen, walked = host.call(_collection_counts).value
+
+    assert frozen > 10 * walked

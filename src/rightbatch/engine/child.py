@@ -1,6 +1,7 @@
 """What runs in the child process: it builds the rig that the parent sent, and answers the parent's calls."""
 
 import contextlib
+import gc
 import os
 import select
 import signal
@@ -25,6 +26,7 @@ def serve(connection: Connection) -> None:
             payload = connection.recv_bytes()
         except EOFError:
             os._exit(0)
+        _settle_garbage()
         try:
             if rig is None:
                 with users_errors():
@@ -39,6 +41,15 @@ def serve(connection: Connection) -> None:
             error.__traceback__ = error.__cause__ = error.__context__ = None
             answer = ("error", error)
         connection.send_bytes(cloudpickle.dumps(answer))
+
+
+def _settle_garbage() -> None:
+    """Collect once, and take what is left for permanent: probes collect often, and each time all of torch would be walked through.
+
+    Before every call, because torch loads more of itself as it is used.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def _end_with_the_parent(descriptor: int) -> None:
