@@ -10,13 +10,13 @@ from rightbatch.fits.samples_curve import HYPERBOLA, PRIORS, CurveDraws, draw_cu
 from rightbatch.records.estimates import Estimate, NoiseScale, Status
 from rightbatch.records.training import BranchMeasurements, ProbeOutcome
 
-CALIBRATION_MEDIAN = 1.0
+CALIBRATION_MEDIAN = 1.3
 """B_crit over the run's noise scale: 0.12-0.5 for image classifiers (McCandlish et al. 2018, table 1), 0.56-4 elsewhere (theory page)."""
-CALIBRATION_LOG_SD = math.log(3)
-GROWTH_WITH_PILOT_MEDIAN = 4.0
-"""The run's noise scale over a short pilot's: pilots over the first 8 % of two runs were 3-5 times too small (theory page)."""
-GROWTH_WITH_PILOT_LOG_SD = math.log(2)
-GROWTH_WITHOUT_PILOT_MEDIAN = 8.0
+CALIBRATION_LOG_SD = math.log(2.4)
+GROWTH_WITH_PILOT_MEDIAN = 2.3
+"""The run's noise scale over a short pilot's: 3-5 after the first 8 % of two runs, 0.9-1.2 after two thirds of three (theory page)."""
+GROWTH_WITH_PILOT_LOG_SD = math.log(2.2)
+GROWTH_WITHOUT_PILOT_MEDIAN = 4.6
 """The run's noise scale over that at initialisation: smaller still than a pilot's, and less known (theory page)."""
 GROWTH_WITHOUT_PILOT_LOG_SD = math.log(3)
 AT_LEAST_LOG_SD = math.log(10)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from oracles.oracle_curves import ENVIRONMENT, law_s, timed, workload
+from rightbatch.fits.critical_batch import GROWTH_WITH_PILOT_MEDIAN
 from rightbatch.fits.step_time import fit_step_time
 from rightbatch.fits.tradeoff import fit_tradeoff
 from rightbatch.recommend.decision import recommend
@@ -81,8 +82,8 @@ def test_training_moves_the_belief_about_the_critical_size_towards_the_planted_o
     measured = carry_out(plan, critical)
     after = findings(branches=measured)
 
-    # What grows after the checkpoint is not seen by branches: the planted critical size there is the run's over the growth of 4.
-    truth = math.log(4 * critical)
+    # What grows after the checkpoint is not seen by branches: the planted critical size there is the run's over the prior's growth.
+    truth = math.log(GROWTH_WITH_PILOT_MEDIAN * critical)
     prior, posterior = before.tradeoff.critical_batch_size, after.tradeoff.critical_batch_size
     assert 2 <= len(measured.probes) <= MOST_BRANCHES
     assert abs(math.log(posterior.value) - truth) < max(abs(math.log(prior.value) - truth), 0.4)
