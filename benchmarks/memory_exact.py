@@ -10,6 +10,7 @@ samples and random numbers are others has no law of the size: it is counted apar
 
 import argparse
 import contextlib
+import gc
 import io
 import json
 import platform
@@ -128,6 +129,8 @@ def recorded_peaks(rig: Rig, trace: MemoryTrace, accumulation_steps: int) -> tup
 def measure(name: str, workload: rb.Workload, accumulation_steps: int) -> Row:
     rig = Rig(workload=workload, device=CPU, meters=meters_for(CPU))
     rig.typical_batch(1)  # reading the samples is not part of the trace
+    gc.collect()
+    gc.freeze()  # as the child process does, or every reading of memory walks through all of torch
     start_s = time.process_time()
     trace = memory.trace(rig, accumulation_steps=min(accumulation_steps, 2))
     curve_s = time.process_time() - start_s
