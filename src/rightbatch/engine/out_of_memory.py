@@ -2,6 +2,8 @@
 
 import torch
 
+from rightbatch.engine.memory_limits import address_space_binds
+
 MESSAGES = (
     "CUDA out of memory",
     "CUDA error: out of memory",
@@ -17,6 +19,9 @@ MESSAGES = (
 )
 """Beginnings of what allocators say where they raise a plain ``RuntimeError``."""
 
+UNEXPLAINED = ("could not create a primitive",)
+"""What oneDNN says whatever the reason: within a limit on address space it could not map memory, elsewhere it is another failure."""
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error, or one it was raised from, means that memory ran out: by type first, then by message."""
@@ -27,6 +32,8 @@ def is_out_of_memory(error: BaseException) -> bool:
         if isinstance(cause, (torch.OutOfMemoryError, MemoryError)):
             return True
         if isinstance(cause, (RuntimeError, OSError)) and any(message in str(cause) for message in MESSAGES):
+            return True
+        if isinstance(cause, RuntimeError) and str(cause) in UNEXPLAINED and address_space_binds():
             return True
         cause = cause.__cause__
     return False

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from rightbatch.engine.out_of_memory import MESSAGES, is_out_of_memory
+from rightbatch.engine import out_of_memory
+from rightbatch.engine.out_of_memory import MESSAGES, UNEXPLAINED, is_out_of_memory
 
 AS_ALLOCATORS_SAY_IT = (
     "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 15.77 GiB",
@@ -27,6 +28,14 @@ def test_what_an_allocator_says_means_out_of_memory(message):
 
 def test_every_message_of_the_table_is_tried_here():
     assert [entry for entry in MESSAGES if not any(entry in message for message in AS_ALLOCATORS_SAY_IT)] == []
+
+
+@pytest.mark.parametrize("binds", [True, False])
+@pytest.mark.parametrize("message", UNEXPLAINED)
+def test_what_has_many_reasons_means_out_of_memory_only_where_address_space_is_limited(monkeypatch, message, binds):
+    monkeypatch.setattr(out_of_memory, "address_space_binds", lambda: binds)
+    assert is_out_of_memory(RuntimeError(message)) is binds
+    assert not is_out_of_memory(RuntimeError(f"{message} descriptor for a convolution forward propagation primitive"))
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError(""), MemoryError(), OSError(12, "Cannot allocate memory")])
