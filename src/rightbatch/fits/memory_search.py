@@ -24,8 +24,12 @@ _VISIBLE_BYTES = 64 * MIB
 """Traced growth that stands out from the granularity of a resident set."""
 _ERROR_OF_ONE_POINT = 0.1
 _LARGEST_MARGIN = 0.25
-_OWN_ERROR = 0.02
-"""Added in quadrature to what two readings differ by: noisy ones can agree by chance."""
+_LEAST_STEP = 0.01
+"""On a device that is not exact no smaller step up is tried."""
+OWN_ERROR = 0.02
+"""Added in quadrature to what readings differ by: noisy ones can agree by chance."""
+OWN_ERROR_OF_REFUSALS = 0.1
+"""The same where going over the limit is refused in the middle of a step, by an allocator whose use varies that much by itself."""
 _DETERMINISTIC_ERROR = 1e-6
 _ROUNDING_BYTES = 2
 """Both a line's value and a use that is a fraction of bytes are rounded to whole ones."""
@@ -81,7 +85,13 @@ def touch_is_safe(trace: MemoryTrace, limit_bytes: int, points: Sequence[MemoryP
 
 
 def next_attempt(
-    trace: MemoryTrace, limit_bytes: int, points: Sequence[MemoryPoint], largest_allowed: int, *, largest_affordable: int | None = None
+    trace: MemoryTrace,
+    limit_bytes: int,
+    points: Sequence[MemoryPoint],
+    largest_allowed: int,
+    *,
+    largest_affordable: int | None = None,
+    own_error: float = OWN_ERROR,
 ) -> int | None:
     """The next size to run on the way to the ceiling, or none when the largest that ran is the answer.
 
@@ -97,6 +107,7 @@ def next_attempt(
         points: Every attempt so far.
         largest_allowed: Cap on the size from the dataset or the user.
         largest_affordable: Cap on the size from the time that is left.
+        own_error: By how much use varies that the trace explains, as a share.
     """
     cap = min(largest_allowed, largest_affordable if largest_affordable is not None else largest_allowed)
     failed = min((p.micro_batch_size for p in points if p.outcome is not Outcome.RAN), default=None)
@@ -112,14 +123,14 @@ def next_attempt(
     cap = min(cap, LARGEST_GROWTH * size)
     if failed is not None and not _was_measured(points, failed):
         cap = min(cap, _midpoint(trace, size, failed))
-    margin = _margin(trace, points)
+    margin = _margin(trace, points, own_error)
     needed = _pessimistic_use(trace, points, largest)
     candidate = largest_that(lambda b: needed(b) + margin * max(needed(b), 0) <= limit_bytes, size, max(cap, size))
-    if candidate <= size and len(ran) <= 2 and not _is_exact(trace, points):
+    resolution = max(_LEAST_STEP, margin / 2) if failed is not None or margin > 0 else 0.0
+    if candidate <= (1 + resolution) * size and len(ran) <= 2 and not _error_is_known(trace, points):
         line = calibrate(trace, points)
         bare = largest_that(lambda b: line.used_bytes(regressor(trace, b)) <= limit_bytes, size, max(cap, size))
-        candidate = _midpoint(trace, size, bare)
-    resolution = max(0.01, margin / 2) if failed is not None or margin > 0 else 0.0
+        candidate, resolution = _midpoint(trace, size, bare), _LEAST_STEP
     return None if candidate <= (1 + resolution) * size else candidate
 
 
@@ -181,11 +192,16 @@ def _is_exact(trace: MemoryTrace, points: Sequence[MemoryPoint]) -> bool:
     )
 
 
+def _error_is_known(trace: MemoryTrace, points: Sequence[MemoryPoint]) -> bool:
+    """Whether a line foretold the last attempt, so that what it missed is the error of a line and not of a guessed slope."""
+    return _is_exact(trace, points) or (bool(recorded_use(trace)) and _tells_a_slope(trace, points))
+
+
 def _was_measured(points: Sequence[MemoryPoint], size: int) -> bool:
     return any(point.micro_batch_size == size and point.used_bytes is not None for point in points)
 
 
-def _margin(trace: MemoryTrace, points: Sequence[MemoryPoint]) -> float:
+def _margin(trace: MemoryTrace, points: Sequence[MemoryPoint], own_error: float) -> float:
     """Share of the predicted use to leave free: for the calibration's own error, and none where it is exact.
 
     The error is how badly the smaller sizes foretold the largest, or the line misses the largest two, whichever is worse.
@@ -194,10 +210,10 @@ def _margin(trace: MemoryTrace, points: Sequence[MemoryPoint]) -> float:
         return 0.0  # the steepest sane slope is assumed already
     measured = sorted((p for p in points if p.used_bytes is not None), key=lambda p: p.micro_batch_size)
     if len(measured) < 2 or (len(measured) == 2 and not trace.moments):
-        return _ERROR_OF_ONE_POINT
+        return max(_ERROR_OF_ONE_POINT, own_error)
     foretold = _worst_miss(calibrate(trace, measured[:-1]), trace, readings(trace, measured)[-1:])
     error = max(foretold, _worst_miss(calibrate(trace, measured), trace, readings(trace, measured)[-2:]))
-    return min(math.hypot(error, _OWN_ERROR), _LARGEST_MARGIN)
+    return min(math.hypot(error, own_error), _LARGEST_MARGIN)
 
 
 def _worst_miss(calibration: Calibration, trace: MemoryTrace, measured: Collection[tuple[int, int]]) -> float:

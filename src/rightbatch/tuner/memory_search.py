@@ -111,7 +111,11 @@ class MemorySearch:
 
     def _next(self, trace: MemoryTrace, limit: MemoryLimit, points: list[MemoryPoint], cap: int) -> int | None:
         """The next size that every rank would try; none when one of them has its answer."""
-        return self._agreed(memory_search.next_attempt(trace, limit.limit_bytes, points, cap) or 0, "next size") or None
+        is_refused = limit.once_a_process and self.request.malloc == "default"
+        own_error = memory_search.OWN_ERROR_OF_REFUSALS if is_refused else memory_search.OWN_ERROR
+        return (
+            self._agreed(memory_search.next_attempt(trace, limit.limit_bytes, points, cap, own_error=own_error) or 0, "next size") or None
+        )
 
     def _prove(self, points: list[MemoryPoint], trace: MemoryTrace, limit: MemoryLimit, cap: int) -> None:
         """Try one sample more than the largest that ran, which must fail; if it runs it is the ceiling, and nothing is proved."""
