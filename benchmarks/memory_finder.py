@@ -13,6 +13,7 @@ budget, where peers get an error. Peers are imported in DIR only; without it the
 """
 
 import argparse
+import gc
 import hashlib
 import json
 import os
@@ -151,6 +152,8 @@ def states_kept(name: str, workloads: Path) -> int:
     optimizer.step()
     kept = 0
     with tempfile.TemporaryDirectory() as folder:
+        gc.collect()
+        gc.freeze()  # every reading of memory collects, and would walk through all of torch
         for ceiling in range(STATE_CEILING, STATE_CEILING + STATE_SEARCHES):
             task = Task(
                 tool="rightbatch --certify", workloads=str(workloads), name=name, limit="device", value=ceiling, log=f"{folder}/log"
