@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -133,7 +134,10 @@ def here(project: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ende
 def started(*words: str, cwd: Path, stdout: int = subprocess.PIPE) -> "subprocess.Popen[str]":
     """Start a command in a process and a process group of its own."""
     command = [sys.executable, "-m", "rightbatch", *words]
-    return subprocess.Popen(command, cwd=cwd, stdout=stdout, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    heed_interrupts = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  # a suite in the background of a shell ignores them
+    return subprocess.Popen(
+        command, cwd=cwd, stdout=stdout, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heed_interrupts
+    )
 
 
 @pytest.fixture
