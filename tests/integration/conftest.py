@@ -136,7 +136,13 @@ def started(*words: str, cwd: Path, stdout: int = subprocess.PIPE) -> "subproces
     command = [sys.executable, "-m", "rightbatch", *words]
     heed_interrupts = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  # a suite in the background of a shell ignores them
     return subprocess.Popen(
-        command, cwd=cwd, stdout=stdout, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heed_interrupts
+        command,
+        cwd=cwd,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=heed_interrupts,  # noqa: PLW1509  # no other thread runs here
     )
 
 
