@@ -1,6 +1,7 @@
 """The folder of a training: what was asked (``training.json``), the log, the last two checkpoints, the report."""
 
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -213,3 +214,16 @@ class TrainingFolder:
         file = self.path / REPORT_FILE
         write_whole(file, html)
         return file
+
+
+def resume_command(command: tuple[str, ...]) -> str:
+    """Return the command that goes on with a training; empty when it was started from Python.
+
+    Args:
+        command: What it was started with.
+    """
+    if not command:
+        return ""
+    end = command.index("--") if "--" in command else len(command)
+    own = [word for word in command[:end] if word not in {"--resume", "--fresh"}]
+    return shlex.join([*own, "--resume", *command[end:]])
