@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rightbatch.api import FoundPlan, find
     from rightbatch.records.plan import BatchPlan, Findings, Goal
     from rightbatch.training.monitor import NoiseMonitor
+    from rightbatch.training.stepper import Stepper
     from rightbatch.workload.ingredients import Workload
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "NoiseMonitor",
     "RightbatchError",
     "RightbatchWarning",
+    "Stepper",
     "Workload",
     "__version__",
     "find",
@@ -35,6 +37,7 @@ _HOMES = {
     "FoundPlan": "rightbatch.api",
     "Goal": "rightbatch.records.plan",
     "NoiseMonitor": "rightbatch.training.monitor",
+    "Stepper": "rightbatch.training.stepper",
     "Workload": "rightbatch.workload.ingredients",
     "find": "rightbatch.api",
 }
