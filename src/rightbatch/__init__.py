@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rightbatch.records.plan import BatchPlan, Findings, Goal
     from rightbatch.training.loader import BatchLoader
     from rightbatch.training.monitor import NoiseMonitor
+    from rightbatch.training.stepper import Stepper
     from rightbatch.workload.ingredients import Workload
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "NoiseMonitor",
     "RightbatchError",
     "RightbatchWarning",
+    "Stepper",
     "Workload",
     "__version__",
     "find",
@@ -38,6 +40,7 @@ _HOMES = {
     "FoundPlan": "rightbatch.api",
     "Goal": "rightbatch.records.plan",
     "NoiseMonitor": "rightbatch.training.monitor",
+    "Stepper": "rightbatch.training.stepper",
     "Workload": "rightbatch.workload.ingredients",
     "find": "rightbatch.api",
 }

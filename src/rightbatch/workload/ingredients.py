@@ -16,8 +16,8 @@ Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 Batch = Any
 """A collated batch: a tensor, or tensors nested in tuples, lists and mappings. The shape is the user's own."""
 
-StepLoss = Tensor | tuple[Tensor, int]
-"""What a ``step`` returns: losses of the samples, shape (batch,), or a mean loss, shape (), with its sample count."""
+StepLoss = Tensor | tuple[Tensor, int | Tensor]
+"""What a ``step`` returns: losses of the samples, shape (batch,), or a mean loss, shape (), with the count that it is a mean over."""
 
 
 class SizedDataset(Protocol):
@@ -55,6 +55,9 @@ class Workload:
         clip_norm: Largest norm of the gradient; ``None`` does not clip.
         average: Builds a moving average of the model's weights from the model, such as ``torch.optim.swa_utils.AveragedModel``; its
             ``update_parameters(model)`` is called after every optimizer step.
+        loss_weight: ``loss_weight(target)`` returns what a loss is a mean over where that is not the samples: the number of tokens that
+            count, the sum of the weights. It is derived for ``cross_entropy`` and ``nll_loss``, as functions, partials and modules.
+            Losses of samples, or their sum, are then divided by it.
         couples_samples: Whether a batch's loss is more than the mean of its samples' losses, as contrastive losses are.
         name: Name shown in reports; the default is the class of the model.
 
@@ -77,6 +80,7 @@ class Workload:
     compile: bool = False
     clip_norm: float | None = None
     average: Callable[[nn.Module], nn.Module] | None = None
+    loss_weight: Callable[[Any], Tensor | float] | None = None
     couples_samples: bool = False
     name: str | None = None
 
@@ -87,7 +91,7 @@ class Workload:
         check_dataset("train", self.train)
         if self.valid is not None:
             check_dataset("valid", self.valid)
-        for field in ("optimizer", "collate_fn", "metric", "average"):
+        for field in ("optimizer", "collate_fn", "metric", "average", "loss_weight"):
             value = getattr(self, field)
             if value is not None and not callable(value):
                 raise WorkloadError(f"{field} must be callable; got {_kind(value)}; see help(rightbatch.Workload).")
@@ -98,6 +102,8 @@ class Workload:
             raise WorkloadError("a workload needs a loss or a step; got neither; give loss=torch.nn.functional.cross_entropy, for example.")
         if self.loss is not None and self.step is not None:
             raise WorkloadError("a workload takes either loss or step; got both; drop loss, since step computes its own.")
+        if self.loss_weight is not None and self.loss is None:
+            raise WorkloadError("loss_weight says what loss is a mean over; got it beside a step, which returns its count itself; drop it.")
         for field, value in (("loss", self.loss), ("step", self.step)):
             if value is not None and not callable(value):
                 raise WorkloadError(f"{field} must be callable; got {_kind(value)}; see help(rightbatch.Workload).")
