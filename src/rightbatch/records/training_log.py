@@ -62,6 +62,7 @@ class LogEvent(StrEnum):
     CHECKPOINT = "checkpoint"
     CHECKPOINT_DAMAGED = "checkpoint damaged"
     TARGET_REACHED = "target reached"
+    STOPPED = "stopped"
     INTERRUPTED = "interrupted"
     DIVERGED = "diverged"
     FINISHED = "finished"

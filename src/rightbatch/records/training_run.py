@@ -33,6 +33,8 @@ class TrainingState(StrEnum):
     TARGET_REACHED = "target reached"
     TARGET_MISSED = "target missed"
     """All samples were trained on, and the target was not reached."""
+    STOPPED = "stopped"
+    """The caller ended it after an evaluation."""
     INTERRUPTED = "interrupted"
     DIVERGED = "diverged"
     """The loss was not finite."""

@@ -9,7 +9,7 @@ from rightbatch.records.training_log import EvaluationLine, LogLine, StepLine
 from rightbatch.records.training_run import TrainingManifest
 from rightbatch.report.charts import BLUE, GREEN, ORANGE, add_estimates, marker_of, new_figure
 from rightbatch.report.html import Chart
-from rightbatch.report.training_verdict import metric_name
+from rightbatch.training.progress_words import metric_name
 
 _MOST_POINTS = 400
 _X_TITLE = "samples trained on"

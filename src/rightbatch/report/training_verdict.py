@@ -6,10 +6,11 @@ from datetime import datetime
 
 from rightbatch.fits.training_result import training_result
 from rightbatch.records.plan import BatchPlan
-from rightbatch.records.training_log import EvaluationLine, EventLine, LogEvent, LogLine, StepLine, TrainingTarget
+from rightbatch.records.training_log import EvaluationLine, EventLine, LogEvent, LogLine, StepLine
 from rightbatch.records.training_run import TrainingManifest, TrainingResult, TrainingState, resume_command
 from rightbatch.report.document import KeyNumber, Section, Table, Verdict, VerdictStatus
 from rightbatch.report.phrases import estimate, number, plain, signed_percent, split
+from rightbatch.training.progress_words import evaluation_words, metric_name
 from rightbatch.units import format_ago_s, format_duration_s
 
 _STATUS: dict[TrainingState, VerdictStatus] = {
@@ -17,6 +18,7 @@ _STATUS: dict[TrainingState, VerdictStatus] = {
     TrainingState.TARGET_REACHED: "ok",
     TrainingState.TARGET_MISSED: "inconclusive",
     TrainingState.UNFINISHED: "inconclusive",
+    TrainingState.STOPPED: "inconclusive",
     TrainingState.INTERRUPTED: "inconclusive",
     TrainingState.DIVERGED: "unstable",
 }
@@ -54,17 +56,6 @@ def build_training_verdict(manifest: TrainingManifest, lines: Sequence[LogLine],
         sizes=(),
         sections=tuple(section for section in sections if section is not None),
     )
-
-
-def evaluation_words(evaluation: EvaluationLine, target: TrainingTarget | None) -> str:
-    """Say an evaluation: ``accuracy 0.912, loss 0.31``."""
-    loss = "loss not finite" if evaluation.loss is None else f"loss {number(evaluation.loss)}"
-    return loss if evaluation.metric is None else f"{metric_name(target)} {number(evaluation.metric)}, {loss}"
-
-
-def metric_name(target: TrainingTarget | None) -> str:
-    """What the user calls the workload's metric, as far as it was said."""
-    return "metric" if target is None or target.is_loss else target.quantity
 
 
 def plan_words(plan: BatchPlan) -> str:
@@ -114,8 +105,8 @@ def _headline(result: TrainingResult) -> str:
         return f"Trained for {epochs}."
     if result.state is TrainingState.DIVERGED:
         return f"The training diverged after {epochs}: its loss is not finite."
-    verb = "was interrupted" if result.state is TrainingState.INTERRUPTED else "is not finished"
-    return f"The training {verb} after {epochs}."
+    verbs = {TrainingState.INTERRUPTED: "was interrupted", TrainingState.STOPPED: "was stopped by the caller"}
+    return f"The training {verbs.get(result.state, 'is not finished')} after {epochs}."
 
 
 def _lead(manifest: TrainingManifest, result: TrainingResult) -> tuple[str, ...]:

@@ -67,7 +67,7 @@ class TrainingLog:
         if self._stream is None or self._file is None:
             self._in_memory.append(line)
             return
-        text = (line.model_dump_json(exclude_none=True) + "\n").encode()
+        text = (line.model_dump_json() + "\n").encode()
         try:
             written = self._stream.write(text)
         except OSError as error:

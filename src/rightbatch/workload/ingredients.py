@@ -55,6 +55,8 @@ class Workload:
         clip_norm: Largest norm of the gradient; ``None`` does not clip.
         average: Builds a moving average of the model's weights from the model, such as ``torch.optim.swa_utils.AveragedModel``; its
             ``update_parameters(model)`` is called after every optimizer step.
+        scheduler: Builds a learning rate schedule from the optimizer: any of ``torch.optim.lr_scheduler`` but ``ReduceLROnPlateau``.
+            Training steps it once for every ``plan.global_batch_size`` samples, whatever the batch size, so that it holds for all sizes.
         loss_weight: ``loss_weight(target)`` returns what a loss is a mean over where that is not the samples: the number of tokens that
             count, the sum of the weights. It is derived for ``cross_entropy`` and ``nll_loss``, as functions, partials and modules.
             Losses of samples, or their sum, are then divided by it.
@@ -80,6 +82,7 @@ class Workload:
     compile: bool = False
     clip_norm: float | None = None
     average: Callable[[nn.Module], nn.Module] | None = None
+    scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None
     loss_weight: Callable[[Any], Tensor | float] | None = None
     couples_samples: bool = False
     name: str | None = None
@@ -91,10 +94,12 @@ class Workload:
         check_dataset("train", self.train)
         if self.valid is not None:
             check_dataset("valid", self.valid)
-        for field in ("optimizer", "collate_fn", "metric", "average", "loss_weight"):
+        for field in ("optimizer", "collate_fn", "metric", "average", "scheduler", "loss_weight"):
             value = getattr(self, field)
             if value is not None and not callable(value):
                 raise WorkloadError(f"{field} must be callable; got {_kind(value)}; see help(rightbatch.Workload).")
+        if self.scheduler is not None and self.optimizer is None:
+            raise WorkloadError("a scheduler changes the rate of the optimizer, so it needs one; got none; give optimizer=.")
         self._check_numbers()
 
     def _check_objective(self) -> None:

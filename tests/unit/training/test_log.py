@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from rightbatch.errors import RunFolderError
+from rightbatch.records.estimates import Estimate
 from rightbatch.records.training_log import EvaluationLine, EventLine, LogEvent, StepLine
 from rightbatch.training.log import TrainingLog
 from training_samples import lines
@@ -22,6 +23,14 @@ def test_lines_come_back_as_they_were_written(tmp_path: Path) -> None:
 
         assert log.lines() == lines()
     assert {type(line) for line in lines()} == {StepLine, EvaluationLine, EventLine}
+
+
+def test_what_is_not_known_comes_back_as_unknown(tmp_path: Path) -> None:
+    line = step_line(1).model_copy(update={"loss": None, "noise_scale": Estimate(value=None, low=3.0, high=None, n=4)})
+    with TrainingLog(tmp_path, tensorboard=False) as log:
+        log.write(line)
+
+        assert log.lines() == (line,)
 
 
 def test_without_a_folder_lines_stay_in_memory() -> None:
