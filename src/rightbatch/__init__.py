@@ -11,7 +11,7 @@ from rightbatch._version import __version__
 from rightbatch.errors import RightbatchError, RightbatchWarning
 
 if TYPE_CHECKING:
-    from rightbatch.api import FoundPlan, find
+    from rightbatch.api import FoundPlan, Training, find, train
     from rightbatch.records.plan import BatchPlan, Findings, Goal
     from rightbatch.training.loader import BatchLoader
     from rightbatch.training.monitor import NoiseMonitor
@@ -28,9 +28,11 @@ __all__ = [
     "RightbatchError",
     "RightbatchWarning",
     "Stepper",
+    "Training",
     "Workload",
     "__version__",
     "find",
+    "train",
 ]
 
 _HOMES = {
@@ -41,8 +43,10 @@ _HOMES = {
     "Goal": "rightbatch.records.plan",
     "NoiseMonitor": "rightbatch.training.monitor",
     "Stepper": "rightbatch.training.stepper",
+    "Training": "rightbatch.api",
     "Workload": "rightbatch.workload.ingredients",
     "find": "rightbatch.api",
+    "train": "rightbatch.api",
 }
 
 

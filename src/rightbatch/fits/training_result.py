@@ -28,6 +28,7 @@ def training_result(manifest: TrainingManifest, lines: Sequence[LogLine]) -> Tra
         plan=manifest.plan,
         plan_source=manifest.plan_source,
         schedule=manifest.schedule,
+        forecast=manifest.forecast,
         target=target,
         steps=0 if last is None else last.step,
         samples=samples,

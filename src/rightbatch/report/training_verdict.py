@@ -176,6 +176,8 @@ def _batch(result: TrainingResult) -> Section:
         f"The plan is batch {plan_words(plan)}{rate}, from {plain(result.plan_source)}.",
         f"Its schedule: {plain(result.schedule)}.",
     ]
+    if result.forecast is not None:
+        sentences.extend(("What was forecast before the start:", *(plain(reason) for reason in result.forecast.reasons)))
     rows = tuple((str(samples), str(size)) for samples, size in result.batch_sizes)
     tables = (Table(caption="Sizes", header=("from sample", "batch"), rows=rows, behind_chart=True),) if len(rows) > 1 else ()
     if len(rows) > 1:

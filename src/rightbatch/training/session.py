@@ -56,6 +56,7 @@ class TrainedRun:
         average: Moving average of its weights; none when the workload keeps none.
         folder: Where everything is kept; none when nothing is, and on every rank but the first.
         rank: Number of this process.
+        is_kept: Whether there is a folder.
         was_complete: Whether the folder held a finished training, so that nothing was trained now.
     """
 
@@ -66,6 +67,7 @@ class TrainedRun:
     average: nn.Module | None
     folder: Path | None
     rank: int
+    is_kept: bool
     was_complete: bool
 
 
@@ -232,6 +234,7 @@ class _Session:
             average=self.parts.average,
             folder=self.folder.path if self.folder is not None and peers.rank == 0 else None,
             rank=peers.rank,
+            is_kept=self.folder is not None,
             was_complete=was_complete,
         )
 
@@ -251,6 +254,8 @@ class _Session:
             plan=parts.plan,
             plan_source=request.plan_source,
             schedule=request.schedule_words,
+            batch_schedule=request.schedule,
+            forecast=request.forecast,
             samples=total,
             samples_per_epoch=parts.loader.samples_per_epoch,
             target=request.target,
