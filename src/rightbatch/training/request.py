@@ -65,7 +65,8 @@ class TrainingRequest:
         lengths = [length for length in (self.epochs, self.samples) if length is not None]
         if len(lengths) != 1 or lengths[0] <= 0:
             raise UsageError(
-                f"a training needs a positive number of epochs or of samples; got epochs {self.epochs}, samples {self.samples}."
+                f"a training needs a positive number of epochs or of samples; got epochs {self.epochs} and samples {self.samples}; "
+                "give one, such as --epochs 10."
             )
         for name in ("evaluate_every", "threads"):
             value = getattr(self, name)
