@@ -103,6 +103,8 @@ class BatchLoader:
                 f"the plan must be for as many ranks as train; it is for {plan.world_size}, and there are {world_size}; call rb.find under "
                 "the same launcher, or give a BatchPlan with that world_size."
             )
+        if seed < 0:
+            raise UsageError(f"seed must be 0 or more; got {seed}; give any other number.")
         self._sampler = ScheduledSampler(
             len(dataset),
             plan.global_batch_size,
