@@ -123,13 +123,13 @@ def test_unknown_optimizer_and_missing_coupling_keep_the_rate():
     assert coupled_setting(SizeCoupling(base_batch_size=64, optimizer="Muon"), 256).lr_factor == 1.0
 
 
-def test_rate_of_a_decision_saturates_at_the_noise_scale_it_rests_on():
+def test_setting_of_a_decision_is_that_of_a_whole_run_at_its_size():
     coupling = SizeCoupling(base_batch_size=64, optimizer="SGD", noise_scale_samples=50.0)
     decisions = (SizeDecision(samples_seen=1001, global_batch_size=256, noise_scale_samples=5000.0),)
     schedule = adaptive(coupling=coupling)
 
     assert setting_at(schedule, 1000, decisions) == BatchSetting(global_batch_size=64)
-    assert setting_at(schedule, 1001, decisions).lr_factor == pytest.approx(saturating_gain(5000.0, 64, 256))
+    assert setting_at(schedule, 1001, decisions) == coupled_setting(coupling, 256)
 
 
 @given(noise=st.floats(1, 1e5), half=st.floats(1, 1e4), calibration=st.floats(0.1, 5))
