@@ -4,14 +4,17 @@ The first obeys planted laws: memory a + c * b with a capacity, step time t0 + b
 The probes run unchanged on it: real torch, real gradients, but its own clock and its own memory.
 """
 
+import random
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import Dataset
 
 from rightbatch.engine.meters import Meters
 from rightbatch.engine.rig import Rig
@@ -195,3 +198,17 @@ class GivenSource:
 
     def code_is_unchanged(self, files: tuple[tuple[str, str], ...]) -> bool:
         return self.unchanged
+
+
+class Augmented(Dataset[Tensor]):
+    """Samples of four numbers: their index, and a draw of Python's, of NumPy's and of torch's global generator."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Tensor:
+        draws = random.randrange(10**9), np.random.randint(10**9), torch.randint(10**9, ()).item()  # noqa: NPY002, S311
+        return torch.tensor([index, *draws])

@@ -13,11 +13,13 @@ from rightbatch.errors import RightbatchError, RightbatchWarning
 if TYPE_CHECKING:
     from rightbatch.api import FoundPlan, find
     from rightbatch.records.plan import BatchPlan, Findings, Goal
+    from rightbatch.training.loader import BatchLoader
     from rightbatch.training.monitor import NoiseMonitor
     from rightbatch.training.stepper import Stepper
     from rightbatch.workload.ingredients import Workload
 
 __all__ = [
+    "BatchLoader",
     "BatchPlan",
     "Findings",
     "FoundPlan",
@@ -32,6 +34,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "BatchLoader": "rightbatch.training.loader",
     "BatchPlan": "rightbatch.records.plan",
     "Findings": "rightbatch.records.plan",
     "FoundPlan": "rightbatch.api",

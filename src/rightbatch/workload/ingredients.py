@@ -88,9 +88,9 @@ class Workload:
         if not callable(self.model):
             raise WorkloadError(f"model must be a torch.nn.Module or a function that builds one; got {_kind(self.model)}.")
         self._check_objective()
-        _check_dataset("train", self.train)
+        check_dataset("train", self.train)
         if self.valid is not None:
-            _check_dataset("valid", self.valid)
+            check_dataset("valid", self.valid)
         for field in ("optimizer", "collate_fn", "metric", "average", "loss_weight"):
             value = getattr(self, field)
             if value is not None and not callable(value):
@@ -125,7 +125,16 @@ class Workload:
             raise WorkloadError(f"clip_norm must be positive; got {self.clip_norm!r}; give None not to clip.")
 
 
-def _check_dataset(field: str, dataset: object) -> None:
+def check_dataset(field: str, dataset: object) -> None:
+    """Check that something is a map-style dataset that holds a sample.
+
+    Args:
+        field: What the user calls it, for the message.
+        dataset: What was given.
+
+    Raises:
+        WorkloadError: It is a stream, a mapping, a loader or empty.
+    """
     if isinstance(dataset, torch.utils.data.DataLoader):
         raise WorkloadError(f"{field} must be a dataset; got a DataLoader; give its .dataset, since rightbatch chooses the batches.")
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
