@@ -91,6 +91,7 @@ def start(spec: str, words: tuple[str, ...], folder: Path, *, resume: bool) -> i
     if process:
         return process
     os.setsid()
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / "output.txt").open("ab", buffering=0) as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)

@@ -124,7 +124,7 @@ class PatientBackward:
             if parallel is not None and parallel.is_armed:
                 self._finish(window, sums, parallel)
                 return conclude_window(self.trainee, window, sums)
-            self._shrink(window.micro_batches[0])
+            self._shrink(window.micro_batches)
             self._start.restore()
             self.forget()
             micro_batches = split_batch(batch, self.micro_batch_size)
@@ -146,8 +146,8 @@ class PatientBackward:
             return False
         return True
 
-    def _shrink(self, largest: Batch) -> None:
-        failed = sample_count(largest)
+    def _shrink(self, micro_batches: Sequence[Batch]) -> None:
+        failed = max(map(sample_count, micro_batches))
         parallel = self.trainee.parallel
         if failed == 1 or (parallel is not None and parallel.couples_ranks):
             raise self._nothing_fits(failed)
@@ -176,7 +176,7 @@ class PatientBackward:
         """Complete a window whose last micro-batch ran out of memory after the wrapper had begun to wait for its gradients."""
         missing = self._arrivals.missing()
         whole = window.micro_batches[-1]
-        self._shrink(whole)
+        self._shrink([whole])
         while True:
             self._before_last.restore()
             part_sums = replace(sums)
@@ -186,7 +186,7 @@ class PatientBackward:
             if self._attempt(job.run):
                 break
             _let_go()
-            self._shrink(parts[0])
+            self._shrink(parts)
         sums.loss, sums.weight, sums.samples = part_sums.loss, part_sums.weight, part_sums.samples
         parallel.finish_backward([(p, gradient) for p, gradient in zip(missing, gradients, strict=True) if gradient is not None])
 
@@ -209,14 +209,15 @@ class _Rest:
             batch = self.place(host_part)
             known = None if self.window.weights is None else part_weight(self.trainee.objective, host_part)
             part = part_loss(self.trainee.objective, self.model, batch, known)
-            share = part.share(self.window.total)
+            samples = sample_count(batch)
+            share, _ = self.sums.share_of(part, len(self.parts), samples)
             added: tuple[Tensor | None, ...] = ()
             if self.missing:
                 added = torch.autograd.grad(scaled(self.trainee, share), self.missing, allow_unused=True)
             for index, gradient in enumerate(added):
                 before = self.gradients[index]
                 self.gradients[index] = gradient if before is None else before if gradient is None else before + gradient
-            self.sums.add(share, part.weight, sample_count(batch))
+            self.sums.add(share, part.weight, samples)
             del share, part, batch, added
 
 

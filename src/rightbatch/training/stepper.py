@@ -203,13 +203,17 @@ class Stepper:
             WorkloadError: The batch or the loss is not of a shape that it must be.
             UsageError: The loss couples samples, and the batch does not fit in one micro-batch.
             NothingFitsError: Not even one sample fits.
+            RankError: Not even one sample fits on another rank.
         """
         own_samples = sample_count(batch)
         parallel = self._trainee.parallel
         all_samples = own_samples * (1 if parallel is None else parallel.ranks) if samples is None else samples
         measured = self._monitor if self._monitor is not None and self._monitor.measures_next_step else None
-        window = self._window(batch, own_samples, is_measured=measured is not None)
-        result = self._backward.run(batch, window)
+        with contextlib.nullcontext() if parallel is None else parallel.failure_shared():
+            window = self._window(batch, own_samples, is_measured=measured is not None)
+            result = self._backward.run(batch, window)
+        if self._monitor is not None:
+            self._monitor.count_samples(self._samples_seen + all_samples)
         setting = self._coupling.setting_at(self._samples_seen)
         with self._coupling.applied(setting):
             lr = self._trainee.optimizer.param_groups[0]["lr"]
@@ -239,9 +243,9 @@ class Stepper:
             )
         micro_batches = split_batch(batch, size)
         weights = window_weights(objective, micro_batches)
-        total: Weight = expected_weight(weights, micro_batches)
+        total = None if weights is None else expected_weight(weights, micro_batches)
         if parallel is not None:
-            total = self._shared_total(parallel, total)
+            total = self._shared_total(parallel, total, own_samples)
             if self.micro_batch_size < size:
                 micro_batches = split_batch(batch, self.micro_batch_size)
                 weights = window_weights(objective, micro_batches)
@@ -254,11 +258,12 @@ class Stepper:
             before_last=None if parallel is None else self._backward.before_last,
         )
 
-    def _shared_total(self, parallel: DataParallel, own: Weight) -> Weight:
-        sums = parallel.begin_window(own)
+    def _shared_total(self, parallel: DataParallel, own: Weight | None, own_samples: int) -> Weight:
+        sums = parallel.begin_window(float(own_samples) if own is None else own)
         if parallel.anyone_shrank():
             self._backward.micro_batch_size = parallel.smallest(self.micro_batch_size)
-        return sums.weight() / parallel.ranks
+        total = sums.weight() / parallel.ranks
+        return total if own is not None else total * parallel.counted_per_sample
 
     def _watch(self, samples: int, weight: float) -> contextlib.AbstractContextManager[None]:
         assert self._monitor is not None, "only windows of a monitored training are watched"  # noqa: S101
