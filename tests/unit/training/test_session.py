@@ -128,14 +128,16 @@ def schedule_of(name: str):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("at", [1, 11])
-def test_a_training_that_was_stopped_goes_on_bit_by_bit(tmp_path: Path, workers: int, schedule: str, at: int) -> None:
+@pytest.mark.parametrize(("number", "at"), [(signal.SIGINT, 1), (signal.SIGTERM, 11)])
+def test_a_training_that_was_stopped_goes_on_bit_by_bit(
+    tmp_path: Path, workers: int, schedule: str, number: signal.Signals, at: int
+) -> None:
     torch.set_num_threads(1)
     asked = {"schedule": schedule_of(schedule), "noise_every": 2}
     workload = everything(num_workers=workers)
     whole = trained(weighed(workload), tmp_path / "whole", **asked)
 
-    stopped = trained(signalled(workload, at), tmp_path / "cut", **asked)
+    stopped = trained(signalled(workload, at, number), tmp_path / "cut", **asked)
     resumed = trained(weighed(workload), tmp_path / "cut", resume=True, **asked)
 
     assert (stopped.result.state, resumed.result.state) == (TrainingState.INTERRUPTED, TrainingState.FINISHED)
