@@ -11,12 +11,15 @@ from rightbatch._version import __version__
 from rightbatch.errors import RightbatchError, RightbatchWarning
 
 if TYPE_CHECKING:
-    from rightbatch.api import FoundPlan, find
+    from rightbatch.api import FoundPlan, Training, find, train
     from rightbatch.records.plan import BatchPlan, Findings, Goal
+    from rightbatch.training.loader import BatchLoader
     from rightbatch.training.monitor import NoiseMonitor
+    from rightbatch.training.stepper import Stepper
     from rightbatch.workload.ingredients import Workload
 
 __all__ = [
+    "BatchLoader",
     "BatchPlan",
     "Findings",
     "FoundPlan",
@@ -24,19 +27,26 @@ __all__ = [
     "NoiseMonitor",
     "RightbatchError",
     "RightbatchWarning",
+    "Stepper",
+    "Training",
     "Workload",
     "__version__",
     "find",
+    "train",
 ]
 
 _HOMES = {
+    "BatchLoader": "rightbatch.training.loader",
     "BatchPlan": "rightbatch.records.plan",
     "Findings": "rightbatch.records.plan",
     "FoundPlan": "rightbatch.api",
     "Goal": "rightbatch.records.plan",
     "NoiseMonitor": "rightbatch.training.monitor",
+    "Stepper": "rightbatch.training.stepper",
+    "Training": "rightbatch.api",
     "Workload": "rightbatch.workload.ingredients",
     "find": "rightbatch.api",
+    "train": "rightbatch.api",
 }
 
 

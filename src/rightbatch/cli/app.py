@@ -24,6 +24,7 @@ from rightbatch.cli.options import (
     ReportOptions,
     RunPath,
     ShowOptions,
+    TrainOptions,
     WorkloadSpec,
 )
 from rightbatch.cli.output import answer_error, say
@@ -33,7 +34,9 @@ ENVIRONMENT_PREFIX = "RIGHTBATCH_"
 DEBUG_VARIABLE = "RIGHTBATCH_DEBUG"
 EXIT_USAGE, EXIT_BUG, EXIT_INTERRUPTED = 2, 70, 130
 
-_COMMANDS = ("find", "memory", "speed", "noise", "show", "report", "doctor")
+_OF_WORKLOADS = (*PARTS, "train")
+"""The commands that load a workload, whose own arguments come after ``--``."""
+_COMMANDS = ("find", "memory", "speed", "noise", "train", "show", "report", "doctor")
 _ARGUMENTS_HINT = "Arguments of the workload's own function come after `--`."
 _EPILOGUE = (
     "Options also come from RIGHTBATCH_* variables and from rightbatch.toml or [tool.rightbatch] in pyproject.toml; "
@@ -99,6 +102,20 @@ class Commands:
         """Measure the gradient noise scale."""
         return self._measure("noise", workload, measuring, output)
 
+    def train(
+        self,
+        workload: WorkloadSpec,
+        /,
+        *,
+        wanted: TrainOptions = TrainOptions(),  # noqa: B008
+        output: OutputOptions = OutputOptions(),  # noqa: B008
+    ) -> int:
+        """Train with a plan: exact accumulation, checkpoints, evaluation, a log and a report."""
+        from rightbatch.cli.train import train
+        from rightbatch.workload.source import WorkloadSource
+
+        return train(WorkloadSource(workload, self._workload_arguments), wanted, output, repeat=self._repeat)
+
     def show(
         self,
         run: RunPath | None = None,
@@ -158,7 +175,7 @@ def build_app(commands: Commands) -> App:
         suppress_keyboard_interrupt=False,
     )
     for place, name in enumerate(_COMMANDS):
-        usage = f"rightbatch {name} [OPTIONS] WORKLOAD [-- ARGUMENTS OF ITS FUNCTION]" if name in PARTS else None
+        usage = f"rightbatch {name} [OPTIONS] WORKLOAD [-- ARGUMENTS OF ITS FUNCTION]" if name in _OF_WORKLOADS else None
         app.command(getattr(commands, name), usage=usage, sort_key=place)
     return app
 
@@ -219,7 +236,7 @@ def _one_line(error: CycloptsError, words: Sequence[str]) -> str:
     error.verbose = False
     message = " ".join(str(error).split())
     command = words[0] if words else ""
-    if command in PARTS and isinstance(error, UnknownOptionError | UnusedCliTokensError):
+    if command in _OF_WORKLOADS and isinstance(error, UnknownOptionError | UnusedCliTokensError):
         message += f" {_ARGUMENTS_HINT}"
     help_command = "rightbatch --help" if isinstance(error, UnknownCommandError) or not command else f"rightbatch {command} --help"
     return f"{message} See `{help_command}`."
