@@ -17,9 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from rightbatch.engine.data_parallel import DataParallel
-from rightbatch.engine.losses import Weight, part_loss, part_weight
+from rightbatch.engine.losses import part_loss, part_weight
 from rightbatch.engine.out_of_memory import is_out_of_memory
-from rightbatch.engine.step import StepResult, Trainee, Window, WindowSums, backward_window, clear_gradients, conclude_window, scaled
+from rightbatch.engine.step import (
+    StepResult,
+    Trainee,
+    Window,
+    WindowSums,
+    backward_window,
+    clear_gradients,
+    conclude_window,
+    scaled,
+    window_weights,
+)
 from rightbatch.errors import NothingFitsError
 from rightbatch.workload.ingredients import Batch, sample_count
 from rightbatch.workload.splitting import split_batch
@@ -128,7 +138,7 @@ class PatientBackward:
             self._start.restore()
             self.forget()
             micro_batches = split_batch(batch, self.micro_batch_size)
-            weights = None if window.weights is None else _weights(self.trainee, micro_batches)
+            weights = window_weights(self.trainee.objective, micro_batches)
             window = replace(window, micro_batches=micro_batches, weights=weights)
 
     def before_last(self) -> None:
@@ -219,11 +229,6 @@ class _Rest:
                 self.gradients[index] = gradient if before is None else before if gradient is None else before + gradient
             self.sums.add(share, part.weight, samples)
             del share, part, batch, added
-
-
-def _weights(trainee: Trainee, micro_batches: Sequence[Batch]) -> list[Weight]:
-    weights = [part_weight(trainee.objective, batch) for batch in micro_batches]
-    return [weight for weight in weights if weight is not None]
 
 
 def _let_go() -> None:
