@@ -11,6 +11,7 @@ import logging
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from operator import is_not
 
 import torch
@@ -88,6 +89,10 @@ class _Arrivals:
     def begin(self, parameters: Sequence[nn.Parameter]) -> None:
         self.seen = [(p, p.grad, -1 if p.grad is None else p.grad._version) for p in parameters]  # noqa: SLF001  # torch's documented counter
 
+    def forget(self) -> None:
+        """Hold no gradient longer than its step does."""
+        self.seen = []
+
     def missing(self) -> list[nn.Parameter]:
         return [p for p, before, version in self.seen if p.grad is before and (before is None or before._version == version)]  # noqa: SLF001
 
@@ -128,11 +133,14 @@ class PatientBackward:
         while True:
             clear_gradients(self.trainee)
             sums = WindowSums()
-            if self._attempt(lambda window=window, sums=sums: backward_window(self.trainee, window, sums)):  # type: ignore[misc]
-                return conclude_window(self.trainee, window, sums)
-            _let_go()
-            if parallel is not None and parallel.is_armed:
+            is_complete = self._attempt(partial(backward_window, self.trainee, window, sums))
+            if not is_complete:
+                _let_go()
+            if not is_complete and parallel is not None and parallel.is_armed:
                 self._finish(window, sums, parallel)
+                is_complete = True
+            if is_complete:
+                self._arrivals.forget()
                 return conclude_window(self.trainee, window, sums)
             self._shrink(window.micro_batches)
             self._start.restore()
