@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from rightbatch.engine.data_parallel import DataParallel
-from rightbatch.engine.losses import PartLoss, Weight, part_loss, part_weight
+from rightbatch.engine.losses import PartLoss, Weight, part_loss, part_weight, unrecorded_weight
 from rightbatch.workload.ingredients import Batch, sample_count
 from rightbatch.workload.objective import Objective
 
@@ -102,15 +102,17 @@ class Window:
     @classmethod
     def of(cls, objective: Objective, micro_batches: Sequence[Batch]) -> "Window":
         """Return the window of micro-batches that are on the device, of a single rank."""
-        weights = window_weights(objective, micro_batches)
+        weights = window_weights(objective, micro_batches, unrecorded_weight)
         return cls(micro_batches=micro_batches, weights=weights, total=None if weights is None else expected_weight(weights, micro_batches))
 
 
-def window_weights(objective: Objective, micro_batches: Sequence[Batch]) -> list[Weight] | None:
+def window_weights(
+    objective: Objective, micro_batches: Sequence[Batch], weight_of: Callable[[Objective, Batch], Weight | None] = part_weight
+) -> list[Weight] | None:
     """Return the micro-batches' weights; none where a step says them only after its forward pass."""
     if objective.step is not None:
         return None
-    weights = [part_weight(objective, batch) for batch in micro_batches]
+    weights = [weight_of(objective, batch) for batch in micro_batches]
     return [weight for weight in weights if weight is not None]
 
 

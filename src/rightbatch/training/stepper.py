@@ -19,6 +19,7 @@ from rightbatch.records.plan import BatchPlan
 from rightbatch.training.batch_schedule import SettingSource
 from rightbatch.training.coupling import Coupling
 from rightbatch.training.monitor import NoiseMonitor
+from rightbatch.training.sample_average import SampleAverage
 from rightbatch.workload.ingredients import Batch, StepLoss, map_tensors, sample_count
 from rightbatch.workload.objective import Objective, is_torch_sum, mean_weight
 from rightbatch.workload.splitting import split_batch
@@ -119,7 +120,8 @@ class Stepper:
         couples_samples: Whether the loss is more than a mean over samples.
         clip_norm: Largest norm of the gradient; None does not clip.
         scaler: The GradScaler; under ``fp16`` one is made if none is given.
-        average: A moving average of the weights, such as ``torch.optim.swa_utils.AveragedModel``, updated after every step.
+        average: A moving average of the weights, such as ``torch.optim.swa_utils.AveragedModel``, updated after every step; one that
+            forgets as fast at every batch size is ``rightbatch.training.sample_average.SampleAverage``.
         noise_every: Measure the gradient noise on every so many steps; None never.
         dataset_size: Training samples that are drawn without replacement, for the noise; None where they never come again.
 
@@ -214,6 +216,8 @@ class Stepper:
             result = self._backward.run(batch, window)
         if self._monitor is not None:
             self._monitor.count_samples(self._samples_seen + all_samples)
+        if isinstance(self._trainee.average, SampleAverage):
+            self._trainee.average.count_samples(all_samples)
         setting = self._coupling.setting_at(self._samples_seen)
         with self._coupling.applied(setting):
             lr = self._trainee.optimizer.param_groups[0]["lr"]
