@@ -39,11 +39,6 @@ class NoiseCourse:
     noise_scale: FloatArray
     total_samples: int
 
-    @property
-    def growth(self) -> FloatArray:
-        """Noise scale of the last part over that of the first, one number a draw."""
-        return np.asarray(self.noise_scale[:, -1] / self.noise_scale[:, 0])
-
 
 def draw_noise_course(noise: NoiseScale, total_samples: int, rng: np.random.Generator, n_draws: int) -> NoiseCourse | None:
     """Draw log B(x) = level + slope u + wave(u) given the snapshots: a Gaussian process.

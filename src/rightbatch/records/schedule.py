@@ -160,12 +160,12 @@ class ScheduleForecast(Record):
     worth_it: bool
     """Whether the expected ratio is 0.95 or less."""
     best_fixed_size: PositiveInt | None
-    """Fixed size of least expected time; none when nothing is forecast."""
+    """Fixed size of least expected time, or the size that growth instead of decay begins with; none when nothing is forecast."""
     first_size: PositiveInt | None
     """Median size that the schedule begins with."""
     last_size: PositiveInt | None
     """Median size that it ends with."""
     noise_growth: Estimate
-    """Noise scale at the run's end over that at its beginning."""
+    """Noise scale at the run's end over that at its beginning; unknown where the forecast does not rest on it."""
     reasons: tuple[str, ...]
     """Why it is worth it or not, in sentences."""
