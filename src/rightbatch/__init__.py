@@ -13,11 +13,13 @@ from rightbatch.errors import RightbatchError, RightbatchWarning
 if TYPE_CHECKING:
     from rightbatch.api import FoundPlan, find
     from rightbatch.records.plan import BatchPlan, Findings, Goal
+    from rightbatch.training.batch_schedule import DynamicBatch
     from rightbatch.training.monitor import NoiseMonitor
     from rightbatch.workload.ingredients import Workload
 
 __all__ = [
     "BatchPlan",
+    "DynamicBatch",
     "Findings",
     "FoundPlan",
     "Goal",
@@ -31,6 +33,7 @@ __all__ = [
 
 _HOMES = {
     "BatchPlan": "rightbatch.records.plan",
+    "DynamicBatch": "rightbatch.training.batch_schedule",
     "Findings": "rightbatch.records.plan",
     "FoundPlan": "rightbatch.api",
     "Goal": "rightbatch.records.plan",

@@ -71,8 +71,8 @@ def forecast_schedule(
     rng = np.random.default_rng(rng_seed)
     noise, step_time = noise or findings.noise_scale, step_time or findings.step_time
     plan = findings.recommendation.plan
-    if noise is None or step_time is None or plan is None:
-        return _nothing("Without a noise scale, a step time and a plan nothing can be forecast: run find with all of its parts.")
+    if step_time is None or plan is None:
+        return _nothing("Without a step time and a plan nothing can be forecast: run find with all of its parts.")
     if findings.workload.couples_samples:
         return _nothing("The loss couples the samples of a batch: another size is another objective, which no forecast compares.")
     costs = draw_costs(
@@ -84,20 +84,17 @@ def forecast_schedule(
         constraints=findings.constraints,
         rng=rng,
     )
-    if costs is not None and isinstance(schedule, GrowthForDecay):
+    if costs is None:
+        return _nothing("No timed size is allowed: raise --max-batch or the limit.")
+    if isinstance(schedule, GrowthForDecay):
         return _forecast_growth(costs, schedule, total_samples)
-    course = draw_noise_course(noise, total_samples, rng, N_DRAWS)
-    if costs is None or course is None:
-        return _nothing("The gradient noise says nothing yet, or no size may be timed: measure longer, with --budget.")
+    course = None if noise is None else draw_noise_course(noise, total_samples, rng, N_DRAWS)
+    if course is None:
+        return _nothing("The gradient noise is not known: measure longer, with --budget.")
     calibration = CALIBRATION_MEDIAN * np.exp(CALIBRATION_LOG_SD * normal_draws(rng, N_DRAWS))
     sizes = _sizes(costs, schedule)
-    run = RunDraws.along(
-        calibration[:, None] * course.noise_scale,
-        plan.global_batch_size,
-        total_samples,
-        sizes,
-        np.column_stack([step_time_at(costs, round(size)) for size in sizes]),
-    )
+    step_time_s = np.column_stack([step_time_at(costs, round(size)) for size in sizes])
+    run = RunDraws.along(calibration[:, None] * course, plan.global_batch_size, total_samples, sizes, step_time_s)
     if findings.branches is not None and findings.tradeoff is not None:
         rows = _drawn_again(run, findings.tradeoff.critical_batch_size, rng)
         run = replace(run, critical=run.critical[rows], progress=run.progress[rows])
@@ -163,9 +160,8 @@ def _reasons(run: RunDraws, relative_time: Estimate, growth: Estimate, ends: tup
     ratio, grows = relative_time.value or math.nan, growth.value or math.nan
     saved = f"{_saved(ratio)} the best fixed size"
     if worth_it:
-        return (
-            f"Worth it: {saved}, because the noise scale grows {format_number(grows)}-fold and the size with it, {ends[0]} to {ends[1]}.",
-        )
+        change = f"the noise scale changes by a factor of {format_number(grows)} over the run"
+        return (f"Worth it: {saved}, because {change} and the size follows it, {ends[0]} to {ends[1]}.",)
     reasons = [f"Not worth it: {saved}."]
     ideal_time_s, _ = run.scheduled(best := run.best())
     ideal = float((ideal_time_s / run.fixed()[0].min(axis=1)).mean())

@@ -21,8 +21,6 @@ class BatchSetting(Record):
     """A weight decay apart from the gradient (AdamW's) is multiplied with it; 1 for one inside the gradient."""
     clip_factor: PositiveFloat = 1.0
     """The largest norm of the gradient is multiplied with it."""
-    average_power: PositiveFloat = 1.0
-    """The decay of a moving average of the weights is raised to it."""
 
 
 class SizeCoupling(Record):

@@ -142,9 +142,12 @@ def test_equal_arguments_give_equal_forecasts_that_round_trip():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"noise_scale": None}, "Without a noise scale"),
-        ({"step_time": None}, "Without a noise scale, a step time"),
-        ({"noise_scale": noise_along(flat, (5,)).model_copy(update={"snapshots": (), "status": Status.INDETERMINATE})}, "says nothing yet"),
+        ({"noise_scale": None}, "The gradient noise is not known"),
+        ({"step_time": None}, "Without a step time and a plan"),
+        (
+            {"noise_scale": noise_along(flat, (5,)).model_copy(update={"snapshots": (), "status": Status.INDETERMINATE})},
+            "The gradient noise is not known",
+        ),
     ],
 )
 def test_missing_measurement_gives_no_forecast(changes, words):
@@ -152,6 +155,12 @@ def test_missing_measurement_gives_no_forecast(changes, words):
 
     assert (forecast.status, forecast.worth_it, forecast.relative_time.value) == (Status.INDETERMINATE, False, None)
     assert words in forecast.reasons[0]
+
+
+def test_size_limit_below_every_timed_size_gives_no_forecast():
+    given = findings(noise_along(flat, POSITIONS), constraints=Constraints(max_global_batch_size=8))
+
+    assert "No timed size is allowed" in forecast_schedule(given, adaptive(), TOTAL).reasons[0]
 
 
 def test_loss_that_couples_samples_gets_no_forecast():
