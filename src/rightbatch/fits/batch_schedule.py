@@ -110,7 +110,6 @@ def _with_company(coupling: SizeCoupling, size: int, lr_factor: float, *, decay_
         beta_power=kappa if has_rule and not is_layerwise(coupling.optimizer) else 1.0,
         weight_decay_factor=decay_factor if is_decoupled(coupling.optimizer) else 1.0,
         clip_factor=1.0 if noise_scale is None else clip_factor(1.0, noise_scale, base, size),
-        average_power=kappa,
     )
 
 

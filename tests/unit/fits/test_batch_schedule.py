@@ -106,7 +106,6 @@ def test_setting_couples_rate_and_company_as_the_recommendation_does():
     assert words["betas"].startswith(f"{0.9**setting.beta_power:.3g}, {0.999**setting.beta_power:.4g}")
     assert words["weight decay"].startswith(f"{0.05 * setting.weight_decay_factor:.3g}")
     assert setting.clip_factor == pytest.approx(clip_factor(2.0, 600.0, 128, 512))
-    assert setting.average_power == 4.0
 
 
 def test_sgd_keeps_weight_decay_and_layerwise_optimizers_keep_betas():
