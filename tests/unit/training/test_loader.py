@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import traceback
+import weakref
 
 import numpy as np
 import pytest
@@ -87,6 +88,14 @@ def test_iterators_of_one_loader_share_its_place_and_end_with_the_epoch():
     assert len(pairs) == 3
     assert sorted(indices_of(batch for pair in pairs for batch in pair)) == list(range(12))
     assert loader.epoch == 1
+
+
+def test_a_batch_that_the_training_let_go_does_not_stay_in_memory():
+    batches = iter(rb.BatchLoader(Augmented(12), plan_of(2)))
+    batch = next(batches)
+    is_kept = weakref.ref(batch)
+    del batch
+    assert is_kept() is None
 
 
 def test_a_state_saved_in_the_body_of_the_last_batch_resumes_with_an_empty_rest():
