@@ -75,12 +75,18 @@ class TrainingManifest(Record):
     """How the batch size changes, in words."""
     batch_schedule: BatchSchedule | None = None
     """The same; none keeps the plan's size."""
+    schedule_asked: str = ""
+    """The word that it was asked for with, ``dynamic`` for a batch that follows the noise where that is worth it; empty when none was."""
     forecast: ScheduleForecast | None = None
     """What a schedule was predicted to gain; none where nothing was predicted."""
     samples: PositiveInt
     """Samples to train on, over all epochs."""
     samples_per_epoch: PositiveInt
     target: TrainingTarget | None = None
+    evaluate_every: PositiveInt | None = None
+    """Samples between evaluations; none is an epoch."""
+    noise_every: NonNegativeInt | None = None
+    """Steps between measurements of the noise; none where nobody asked."""
     seed: NonNegativeInt
     device: str
     device_name: str
