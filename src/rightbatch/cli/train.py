@@ -194,7 +194,8 @@ def _answer(trained: "TrainedRun", output: OutputOptions, repeat: tuple[str, ...
     if trained.rank == 0:
         _keep_report(trained, quiet=output.quiet)
     if state is TrainingState.INTERRUPTED:
-        raise InterruptedRunError(f"interrupted after {trained.result.samples} samples; everything is saved.", resume_command(repeat))
+        going_on = resume_command(repeat, world_size=trained.result.plan.world_size)
+        raise InterruptedRunError(f"interrupted after {trained.result.samples} samples; everything is saved.", going_on)
     if output.json:
         answer(trained.result.model_dump_json(indent=2))
     elif trained.rank == 0:

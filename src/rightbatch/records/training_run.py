@@ -230,14 +230,16 @@ class TrainingFolder:
         return file
 
 
-def resume_command(command: tuple[str, ...]) -> str:
+def resume_command(command: tuple[str, ...], *, world_size: int = 1) -> str:
     """Return the command that goes on with a training; empty when it was started from Python.
 
     Args:
-        command: What it was started with.
+        command: What it was started with, in each process.
+        world_size: Processes that trained together.
     """
     if not command:
         return ""
     end = command.index("--") if "--" in command else len(command)
     own = [word for word in command[:end] if word not in {"--resume", "--fresh"}]
-    return shlex.join([*own, "--resume", *command[end:]])
+    launcher = ["torchrun", "--nproc-per-node", str(world_size), "-m"] if world_size > 1 else []
+    return shlex.join([*launcher, *own, "--resume", *command[end:]])
