@@ -176,7 +176,7 @@ def killed_until_done(
     while True:
         process = start(spec, words, folder, resume=resume)
         tally.resumes += resume
-        code = ended(process, draw.uniform(0.05, 0.5) * duration_s if tally.kills < most else LONGEST_S)
+        code = ended(process, draw.uniform(0.0, 0.5) * duration_s if tally.kills < most else LONGEST_S)
         if code is not None:
             break
         kill(process)

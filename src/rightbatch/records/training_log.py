@@ -78,11 +78,11 @@ class _Line(Record):
 
 
 class StepLine(_Line):
-    """The optimizer steps since the line before."""
+    """The optimizer steps since the line before, all of one batch size."""
 
     kind: Literal["step"] = "step"
     global_batch_size: PositiveInt
-    """Of the last of these steps."""
+    """Of these steps; the last batch of an epoch may hold fewer samples."""
     micro_batch_size: PositiveInt
     lr: float | None
     """Of the first parameter group, at the last of these steps."""

@@ -207,11 +207,14 @@ class TrainingLoop:
 
     def _take_step(self, batch: Batch) -> None:
         parts, before = self._parts, self._parts.stepper.samples_seen
+        self._note_size(before)
         with users_errors():
             outcome = parts.stepper(batch, samples=parts.loader.batch_samples)
         self._step += 1
-        self._note_changes(before, outcome)
         self._since.add(outcome)
+        if outcome.micro_batch_size < self._micro_batch_size:
+            self.event(LogEvent.OUT_OF_MEMORY, f"micro-batches of {self._micro_batch_size} to {outcome.micro_batch_size}")
+            self._micro_batch_size = outcome.micro_batch_size
         if outcome.monitor is not None:
             self._take_in_noise(outcome.monitor.noise_scale)
         now_s = self._clock_s()
@@ -234,14 +237,14 @@ class TrainingLoop:
         elif wishes.save and self._ended is None:
             self._save()
 
-    def _note_changes(self, before: int, outcome: StepOutcome) -> None:
-        size = self._parts.size_at(before)
-        if size != self._size:
-            self.event(LogEvent.BATCH_SIZE, f"{self._size} to {size}")
-            self._size = size
-        if outcome.micro_batch_size < self._micro_batch_size:
-            self.event(LogEvent.OUT_OF_MEMORY, f"micro-batches of {self._micro_batch_size} to {outcome.micro_batch_size}")
-            self._micro_batch_size = outcome.micro_batch_size
+    def _note_size(self, samples_seen: int) -> None:
+        """End the line of the log where the size changes, so that each line is of one size."""
+        size = self._parts.size_at(samples_seen)
+        if size == self._size:
+            return
+        self._flush()
+        self.event(LogEvent.BATCH_SIZE, f"{self._size} to {size}")
+        self._size = size
 
     def _take_in_noise(self, noise: NoiseScale) -> None:
         if noise.value is not None or noise.low is not None:

@@ -161,6 +161,8 @@ class _Session:
             parts.load(before.checkpoint.state)
             return self._sum_up(before.manifest, () if own_folder is None else own_folder.read_lines(), was_complete=True)
         manifest = self._manifest(fingerprint, total, None if before is None else before.manifest)
+        if own_folder is not None:
+            own_folder.write_manifest(manifest)  # before any other file: it is what makes the folder a training's
         with ExitStack() as stack:
             log = None
             if peers.rank == 0:
@@ -182,7 +184,7 @@ class _Session:
             )
             if before is not None:
                 loop.restore(before.checkpoint.state, _progress(before.checkpoint))
-            self._announce(loop, before, own_folder, manifest)
+            self._announce(loop, before)
             state = loop.run()
             manifest = manifest.model_copy(update={"state": state, "updated_at": _now()})
             if state in {TrainingState.FINISHED, TrainingState.TARGET_MISSED}:
@@ -210,11 +212,7 @@ class _Session:
             return True
         return int(str(_progress(before.checkpoint)["samples"])) >= total and state in {TrainingState.FINISHED, TrainingState.TARGET_MISSED}
 
-    def _announce(
-        self, loop: TrainingLoop, before: "_Earlier | None", own_folder: TrainingFolder | None, manifest: TrainingManifest
-    ) -> None:
-        if own_folder is not None:
-            own_folder.write_manifest(manifest)
+    def _announce(self, loop: TrainingLoop, before: "_Earlier | None") -> None:
         if before is None:
             plan = self.parts.plan
             left_out = (

@@ -20,6 +20,7 @@ from rightbatch.records.plan import BatchPlan
 from rightbatch.records.schedule import SizeCoupling
 from rightbatch.records.training_log import EvaluationLine, EventLine, LogEvent, LogLine, StepLine, TrainingTarget
 from rightbatch.records.training_run import TrainingFolder, TrainingState
+from rightbatch.training.log import TrainingLog
 from rightbatch.training.request import SilentTraining, TrainingRequest
 from rightbatch.training.session import Origin, TrainedRun, run_training
 from rightbatch.workload.ingredients import Workload
@@ -152,6 +153,14 @@ def test_the_size_follows_the_noise_and_the_log_says_so(tmp_path: Path) -> None:
 
     assert len(run.result.batch_sizes) > 1
     assert LogEvent.BATCH_SIZE in events(run)
+
+
+def test_every_line_of_the_log_is_of_one_size() -> None:
+    run = trained(made(), schedule=parse_schedule("milestones:0=16,96=48,192=8"), log_every_s=1e9, epochs=None, samples=240)
+
+    steps = [line for line in run.lines if isinstance(line, StepLine)]
+    assert [(line.samples, line.global_batch_size) for line in steps] == [(96, 16), (192, 48), (200, 8), (240, 8)]
+    assert run.result.batch_sizes == ((0, 16), (96, 48), (192, 8))
 
 
 def test_an_exact_number_of_samples_is_trained_on_in_every_epoch() -> None:
@@ -300,6 +309,33 @@ def test_another_training_does_not_go_on_from_its_checkpoint(tmp_path: Path, cha
 
     with pytest.raises(UsageError, match="a checkpoint must belong to the training that goes on"):
         trained(change.pop("workload", made()), tmp_path / "run", epochs=2, resume=True, **change)
+
+
+@pytest.mark.parametrize("stage", ["TrainingLog", "TrainingLoop"])
+def test_a_training_that_ended_before_its_first_step_can_be_resumed(tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"rightbatch.training.session.{stage}", killed)
+        with pytest.raises(KeyboardInterrupt):
+            trained(made(), tmp_path / "run", epochs=1)
+
+    assert trained(made(), tmp_path / "run", epochs=1, resume=True).result.state is TrainingState.FINISHED
+
+
+def test_the_folder_is_a_trainings_before_anything_else_lies_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+
+    class Watched(TrainingLog):
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            seen.append(sorted(file.name for file in (tmp_path / "run").iterdir()))
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr("rightbatch.training.session.TrainingLog", Watched)
+    trained(made(), tmp_path / "run", epochs=1)
+
+    assert seen == [[".lock", "training.json"]]
 
 
 def test_resuming_an_empty_folder_starts(tmp_path: Path) -> None:
