@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ def blocks() -> list[str]:
 def test_the_tutorial_runs_from_top_to_bottom(here: Callable[..., Ended], project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sklearn")
     monkeypatch.syspath_prepend(str(project))
+    monkeypatch.delitem(sys.modules, "train", raising=False)  # another test's
     source, read_weights, from_python = blocks()
     (project / "train.py").write_text(source)
     commands = re.findall(r"^    \$ rightbatch (.*)$", TUTORIAL.read_text(), re.MULTILINE)
