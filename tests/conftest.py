@@ -1,7 +1,17 @@
 """What all tests share."""
 
 import gc
+import signal
 import sys
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def heeded_interrupts() -> None:
+    """Let interrupts reach this process and those that it starts: a suite in the background of a shell ignores them."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -134,7 +133,6 @@ def here(project: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ende
 def started(*words: str, cwd: Path, stdout: int = subprocess.PIPE) -> "subprocess.Popen[str]":
     """Start a command in a process and a process group of its own."""
     command = [sys.executable, "-m", "rightbatch", *words]
-    heed_interrupts = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  # a suite in the background of a shell ignores them
     return subprocess.Popen(
         command,
         cwd=cwd,
@@ -142,7 +140,6 @@ def started(*words: str, cwd: Path, stdout: int = subprocess.PIPE) -> "subproces
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=heed_interrupts,  # noqa: PLW1509  # no other thread runs here
     )
 
 

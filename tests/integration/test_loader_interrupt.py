@@ -32,14 +32,12 @@ def is_running(pid):
 
 
 def test_an_interrupt_leaves_no_worker_behind():
-    heed_interrupts = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  # a suite in the background ignores them
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=heed_interrupts,  # noqa: PLW1509  # no other thread runs here
     )
     workers = [int(word) for word in process.stdout.readline().split()]
     os.killpg(process.pid, signal.SIGINT)

@@ -312,7 +312,8 @@ def test_workers_that_an_interrupt_ended_are_replaced(between_epochs):
     seen = list(loader) if between_epochs else [next(iter(loader))]
     for worker in multiprocessing.active_children():
         os.kill(worker.pid, signal.SIGINT)
-        worker.join()
+        worker.join(timeout=60)
+        assert not worker.is_alive()
     seen += loader
     assert sorted(indices_of(seen)) == sorted([*range(12)] * (1 + between_epochs))
     loader.close()
