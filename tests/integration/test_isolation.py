@@ -409,7 +409,7 @@ def test_a_child_that_was_started_again_still_knows_a_sum_from_a_mean_and_closin
     host = ChildHost(build(workload), said)
     assert host.call(Rig.describe).value.loss_reduction == "sum"
     assert host.call(kill_itself) == Killed("SIGKILL")
-    assert host.call(lambda rig: rig.new_trainee().loss_is_sum) == Completed(value=True)
+    assert host.call(lambda rig: rig.new_trainee().objective.loss_is_sum) == Completed(value=True)
     processes = [psutil.Process(pid) for pid in host.call(leave_workers_running).value]
     host.close()
     assert len(processes) >= 4
