@@ -32,6 +32,7 @@ from rightbatch.fits.noise_stream import StepWeights, fit_noise_stream, step_mom
 from rightbatch.records.estimates import Estimate, NoiseScale, Status
 from rightbatch.records.measurements import GradientNorms, NoiseStream
 from rightbatch.training.noise_blocks import MeasuredStep, NoiseBlocks
+from rightbatch.workload.objective import Objective
 
 DIMENSION = 64
 MICRO_SIZE, MICRO_COUNT = 2, 4
@@ -235,7 +236,7 @@ def difference_on_network() -> dict[str, float]:
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.0),
         scaler=None,
-        workload=rb.Workload(model=model, train=[*zip(images, labels, strict=True)], loss=cross_entropy),
+        objective=Objective(loss=cross_entropy),
     )
     blocks = GradientBlocks()
     for part in parts:

@@ -24,11 +24,12 @@ from torch.utils.data import DataLoader, default_collate
 
 from finder_limits import LiveBytes, Watch, limit_address_space, limit_resident, limit_size
 from rightbatch.engine.isolation import ChildHost, Completed, Host, InProcessHost
+from rightbatch.engine.losses import loss_sum
 from rightbatch.engine.meters import DeviceClock, Meters, measure_contention, meters_for
 from rightbatch.engine.out_of_memory import is_out_of_memory
 from rightbatch.engine.ranks import SingleRank
 from rightbatch.engine.rig import Rig
-from rightbatch.engine.step import loss_sum, train_step
+from rightbatch.engine.step import train_step
 from rightbatch.probes import memory
 from rightbatch.records.measurements import MemoryMeasurements, Outcome
 from rightbatch.tuner.memory_search import MemorySearch
@@ -153,7 +154,7 @@ def lightning(rig: Rig, watch: Watch, *, mode: str) -> int:
             self.model = self.trainee.model
 
         def training_step(self, batch: Any, _index: int) -> Tensor:
-            loss, count = loss_sum(self.trainee, batch)
+            loss, count = loss_sum(self.trainee.objective, self.trainee.model, batch)
             return loss / count
 
         def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -13,10 +13,13 @@ from rightbatch.errors import RightbatchError, RightbatchWarning
 if TYPE_CHECKING:
     from rightbatch.api import FoundPlan, find
     from rightbatch.records.plan import BatchPlan, Findings, Goal
+    from rightbatch.training.loader import BatchLoader
     from rightbatch.training.monitor import NoiseMonitor
+    from rightbatch.training.stepper import Stepper
     from rightbatch.workload.ingredients import Workload
 
 __all__ = [
+    "BatchLoader",
     "BatchPlan",
     "Findings",
     "FoundPlan",
@@ -24,17 +27,20 @@ __all__ = [
     "NoiseMonitor",
     "RightbatchError",
     "RightbatchWarning",
+    "Stepper",
     "Workload",
     "__version__",
     "find",
 ]
 
 _HOMES = {
+    "BatchLoader": "rightbatch.training.loader",
     "BatchPlan": "rightbatch.records.plan",
     "Findings": "rightbatch.records.plan",
     "FoundPlan": "rightbatch.api",
     "Goal": "rightbatch.records.plan",
     "NoiseMonitor": "rightbatch.training.monitor",
+    "Stepper": "rightbatch.training.stepper",
     "Workload": "rightbatch.workload.ingredients",
     "find": "rightbatch.api",
 }

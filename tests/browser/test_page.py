@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 import findings_samples as samples
+import training_samples
 from rightbatch.report.html import render_html
+from rightbatch.report.training import render_training_html
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -79,6 +81,19 @@ def test_all_charts_are_drawn_under_the_policy(tmp_path: Path) -> None:
     dom = dump(write(tmp_path, render_html(samples.good())), tmp_path)
 
     assert 'data-drawn="5"' in dom
+
+
+def test_the_charts_of_a_training_are_drawn_and_hostile_names_run_nothing(tmp_path: Path) -> None:
+    dom = dump(write(tmp_path, render_training_html(*training_samples.good())), tmp_path)
+    report = told(dump(write(tmp_path, watched(render_training_html(*training_samples.hostile_names()))), tmp_path))
+
+    assert 'data-drawn="6"' in dom
+    assert '"alerts":0' in report
+    assert '"requests":[]' in report
+
+
+def test_the_report_of_a_training_fits_a_phone(tmp_path: Path) -> None:
+    assert width_on_a_phone(render_training_html(*training_samples.good()), tmp_path) == "360"
 
 
 def test_the_policy_stops_a_script_that_is_not_the_pages_own(tmp_path: Path) -> None:

@@ -11,11 +11,13 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.utils.data import default_collate
 
+from rightbatch.engine.losses import loss_sum
 from rightbatch.engine.meters import Meters, meters_for
-from rightbatch.engine.step import Trainee, loss_sum
+from rightbatch.engine.step import Trainee
 from rightbatch.errors import UsageError, WorkloadError
 from rightbatch.records.measurements import WorkloadSummary
 from rightbatch.workload.ingredients import Batch, Precision, Workload, map_tensors
+from rightbatch.workload.objective import Objective
 
 _POOL_SIZE = 256
 _DESCRIBED_SAMPLES = 4
@@ -75,7 +77,14 @@ class Rig:
             )
         if workload.compile and compiled:
             model.compile()
-        return Trainee(model=model, optimizer=optimizer, scaler=scaler, workload=workload, loss_is_sum=loss_is_sum, average=average)
+        return Trainee(
+            model=model,
+            optimizer=optimizer,
+            objective=Objective.of(workload, loss_is_sum=loss_is_sum),
+            scaler=scaler,
+            clip_norm=workload.clip_norm,
+            average=average,
+        )
 
     def new_model(self) -> nn.Module:
         """Build the model as the workload gives it, on the host."""
@@ -184,7 +193,7 @@ class Rig:
         with torch.no_grad():
             output_loss = self._raw_loss(trainee, whole)
             if output_loss.ndim > 0:
-                loss_sum(trainee, whole)
+                loss_sum(trainee.objective, trainee.model, whole)
                 return "per_sample", False
             if len(indices) < 2:
                 return "mean", False
@@ -199,10 +208,10 @@ class Rig:
     @staticmethod
     def _raw_loss(trainee: Trainee, batch: Batch) -> torch.Tensor:
         if not isinstance(batch, (tuple, list)) or len(batch) < 2:
-            loss_sum(trainee, batch)
+            loss_sum(trainee.objective, trainee.model, batch)
         *inputs, target = batch
-        assert trainee.workload.loss is not None, "only called without a step"  # noqa: S101
-        loss = trainee.workload.loss(trainee.model(*inputs), target)
+        assert trainee.objective.loss is not None, "only called without a step"  # noqa: S101
+        loss = trainee.objective.loss(trainee.model(*inputs), target)
         if not isinstance(loss, torch.Tensor):
             raise WorkloadError(f"loss must return a tensor; got {type(loss).__name__}.")
         return loss

@@ -13,7 +13,7 @@ from rightbatch.units import format_number
 _BATCH_NORM_MOMENTUM = 0.1
 _EMA_DECAY = 0.999
 _DECOUPLED = frozenset({"AdamW"})
-LAYERWISE_FAMILY = frozenset({"LARS", "LAMB", "Lars", "Lamb", "FusedLAMB", "FusedMixedPrecisionLamb", "NVLAMB"})
+_LAYERWISE = frozenset({"LARS", "LAMB", "Lars", "Lamb", "FusedLAMB", "FusedMixedPrecisionLamb", "NVLAMB"})
 
 
 def decay_by_half_life(decay: float, kappa: float) -> float:
@@ -67,6 +67,16 @@ def clip_factor(grad_sq_norm: float, grad_noise_trace: float, base_size: int, si
     return math.sqrt((grad_sq_norm + grad_noise_trace / size) / (grad_sq_norm + grad_noise_trace / base_size))
 
 
+def is_layerwise(optimizer: str) -> bool:
+    """Whether an optimizer, by its class name, sets each layer's rate by the norm of its weights."""
+    return optimizer in _LAYERWISE
+
+
+def is_decoupled(optimizer: str) -> bool:
+    """Whether an optimizer, by its class name, decays weights apart from the gradient."""
+    return optimizer in _DECOUPLED
+
+
 def company(
     workload: WorkloadSummary, *, size: int, lr_factor: float, micro_batch_size: int | None, snapshot: NoiseSnapshot | None
 ) -> tuple[tuple[str, str], ...]:
@@ -83,7 +93,7 @@ def company(
     if base is None or base == size:
         return ()
     kappa = size / base
-    layerwise = workload.optimizer in LAYERWISE_FAMILY
+    layerwise = is_layerwise(workload.optimizer)
     companions = [
         ("betas", _betas(workload, kappa)),
         ("weight decay", _weight_decay(workload, kappa, lr_factor)),
@@ -105,7 +115,7 @@ def company(
 
 
 def _betas(workload: WorkloadSummary, kappa: float) -> str:
-    if workload.betas is None or workload.optimizer in LAYERWISE_FAMILY:
+    if workload.betas is None or is_layerwise(workload.optimizer):
         return ""
     first, second = (decay_by_half_life(beta, kappa) for beta in workload.betas)
     old = f"{workload.betas[0]:g}, {workload.betas[1]:g}"
@@ -113,7 +123,7 @@ def _betas(workload: WorkloadSummary, kappa: float) -> str:
 
 
 def _weight_decay(workload: WorkloadSummary, kappa: float, lr_factor: float) -> str:
-    if workload.optimizer not in _DECOUPLED or not workload.weight_decay:
+    if not is_decoupled(workload.optimizer) or not workload.weight_decay:
         return ""
     decay = decoupled_weight_decay(workload.weight_decay, kappa, lr_factor)
     return f"{format_number(decay)} keeps batch size / (rate x decay) of {workload.weight_decay:g}"

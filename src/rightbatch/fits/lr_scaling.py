@@ -3,7 +3,7 @@
 import math
 from typing import Literal, TypeAlias
 
-from rightbatch.fits.lr_company import LAYERWISE_FAMILY, company
+from rightbatch.fits.lr_company import company, is_layerwise
 from rightbatch.records.estimates import NoiseScale, NoiseSnapshot, Status
 from rightbatch.records.measurements import WorkloadSummary
 from rightbatch.records.plan import LrCoupling
@@ -57,15 +57,8 @@ def couple_lr(
         Malladi et al. 2022, arXiv:2205.10287 (square root rule); Li et al. 2024, arXiv:2405.14578 (where it ends).
     """
     base = workload.lr_batch_size
-    rule = _rule_of(workload.optimizer)
-    if rule == "none":
-        factor = 1.0
-        validity = f"No rule is established for {workload.optimizer}: keep its rate, or tune it at the chosen size."
-    elif base is None:
-        factor = 1.0
-        validity = "The batch size at which the rate was tuned is unknown: give lr_batch_size= to couple the rate to the size."
-    else:
-        factor, validity = _factor(workload.optimizer, rule, noise_scale_samples, base, global_batch_size)
+    rule = rule_of(workload.optimizer)
+    factor = 1.0 if base is None else rate_factor(workload.optimizer, noise_scale_samples, base, global_batch_size)
     companions = (
         ()
         if rule == "none"
@@ -77,7 +70,7 @@ def couple_lr(
         base_lr=workload.lr,
         base_batch_size=base,
         base_is_tested=workload.lr_is_tested,
-        validity=validity,
+        validity=_validity(workload.optimizer, noise_scale_samples, base, global_batch_size),
         companions=companions,
     )
 
@@ -105,29 +98,58 @@ def surge_gain(noise_scale: float, base_size: float, size: float) -> float:
     )
 
 
-def _rule_of(optimizer: str) -> LrRule:
+def rule_of(optimizer: str) -> LrRule:
+    """Name the rule of an optimizer, by its class name."""
     if optimizer in SGD_FAMILY:
         return "saturating linear"
     if optimizer in ADAPTIVE_FAMILY:
         return "square root"
-    return "saturating power" if optimizer in LAYERWISE_FAMILY else "none"
+    return "saturating power" if is_layerwise(optimizer) else "none"
 
 
-def _factor(optimizer: str, rule: LrRule, noise_scale: float | None, base: int, size: int) -> tuple[float, str]:
-    """New rate over the tuned one, and where that holds."""
-    kappa = size / base
+def rate_factor(optimizer: str, noise_scale: float | None, base_size: int, size: int) -> float:
+    """New rate over the one tuned at ``base_size``; 1 where there is no rule.
+
+    Args:
+        optimizer: Class name.
+        noise_scale: B in samples; none when it is not known.
+        base_size: b0, in samples.
+        size: b, in samples.
+
+    Source:
+        As ``couple_lr``.
+    """
+    rule, kappa = rule_of(optimizer), size / base_size
     if rule == "square root":
-        return math.sqrt(kappa), _square_root_validity(noise_scale, base, size)
+        return math.sqrt(kappa)
     if rule == "saturating power":
-        family = "LARS" if optimizer.upper().endswith("LARS") else "LAMB"
-        power, power_alone = _POWERS[family]
-        source = f"The power is that of tuned MLPerf runs with {family}, and differs between models: try half and twice the rate."
-        return (kappa**power_alone if noise_scale is None else saturating_gain(noise_scale, base, size) ** power), source
+        power, power_alone = _POWERS[_layerwise_family(optimizer)]
+        return math.pow(kappa, power_alone) if noise_scale is None else math.pow(saturating_gain(noise_scale, base_size, size), power)
+    if rule == "saturating linear":
+        return min(kappa, 1.0) if noise_scale is None else saturating_gain(noise_scale, base_size, size)
+    return 1.0
+
+
+def _layerwise_family(optimizer: str) -> str:
+    return "LARS" if optimizer.upper().endswith("LARS") else "LAMB"
+
+
+def _validity(optimizer: str, noise_scale: float | None, base: int | None, size: int) -> str:
+    """Where the rule holds, in a sentence."""
+    rule = rule_of(optimizer)
+    if rule == "none":
+        return f"No rule is established for {optimizer}: keep its rate, or tune it at the chosen size."
+    if base is None:
+        return "The batch size at which the rate was tuned is unknown: give lr_batch_size= to couple the rate to the size."
+    if rule == "square root":
+        return _square_root_validity(noise_scale, base, size)
+    if rule == "saturating power":
+        family = _layerwise_family(optimizer)
+        return f"The power is that of tuned MLPerf runs with {family}, and differs between models: try half and twice the rate."
     if noise_scale is None:
-        blind = "a smaller batch gets a rate in proportion" if kappa < 1 else "a larger batch keeps the rate"
-        return min(kappa, 1.0), f"The noise scale is unknown, and so is where the linear rule stops: {blind} until it is measured."
-    where = f"Linear well below the noise scale, {format_number(noise_scale)}, and saturating above it; keep momentum and warm up."
-    return saturating_gain(noise_scale, base, size), where
+        blind = "a smaller batch gets a rate in proportion" if size < base else "a larger batch keeps the rate"
+        return f"The noise scale is unknown, and so is where the linear rule stops: {blind} until it is measured."
+    return f"Linear well below the noise scale, {format_number(noise_scale)}, and saturating above it; keep momentum and warm up."
 
 
 def _square_root_validity(noise_scale: float | None, base: int, size: int) -> str:

@@ -225,12 +225,15 @@ def time_at(draws: CostDraws, global_batch_size: int) -> FloatArray:
     Between timed sizes the step time is interpolated in logarithms; below the smallest the law's ratio is used; above the largest,
     equal micro-batches are accumulated.
     """
+    return np.asarray(draws.steps(np.array([global_batch_size], dtype=np.float64))[:, 0] * step_time_at(draws, global_batch_size))
+
+
+def step_time_at(draws: CostDraws, global_batch_size: int) -> FloatArray:
+    """Draws of the seconds between optimizer steps at a size that is no candidate: extrapolated as in ``time_at``."""
     per_rank = global_batch_size / draws.world_size
     steps = math.ceil(per_rank / draws.measured_sizes[-1])
-    micro_s = _interpolated_time_s(draws, per_rank / steps)
-    size = np.array([global_batch_size], dtype=np.float64)
-    compute = accumulated_time_s(micro_s, draws.optimizer_time_s, steps)[:, None]
-    return np.asarray((draws.steps(size) * draws.limited_by_loader(compute, size))[:, 0])
+    compute = accumulated_time_s(_interpolated_time_s(draws, per_rank / steps), draws.optimizer_time_s, steps)
+    return draws.limited_by_loader(compute[:, None], np.array([global_batch_size], dtype=np.float64))[:, 0]
 
 
 def relative_to_best(costs: FloatArray) -> FloatArray:

@@ -10,8 +10,9 @@ from typing import Any, Protocol
 
 import torch
 
+from rightbatch.engine.losses import loss_sum
 from rightbatch.engine.rig import Rig, seed_everything, shuffled_epochs
-from rightbatch.engine.step import Trainee, loss_sum, train_step
+from rightbatch.engine.step import Trainee, train_step
 from rightbatch.records.training import BranchMeasurements, BranchPlan, BranchProbe, ProbeOutcome, TrainingProbe
 
 EVALUATIONS = 12
@@ -193,10 +194,10 @@ class _HeldOut:
     def loss(self, trainee: Trainee) -> float:
         """Mean loss in evaluation mode."""
         trainee.model.eval()
-        total, count = 0.0, 0
+        total, count = 0.0, 0.0
         with torch.no_grad():
             for samples in self._batches:
-                loss, weight = loss_sum(trainee, self._rig.place(self._rig.collate(samples)))
-                total, count = total + float(loss), count + weight
+                loss, weight = loss_sum(trainee.objective, trainee.model, self._rig.place(self._rig.collate(samples)))
+                total, count = total + float(loss), count + float(weight)
         trainee.model.train()
         return total / count

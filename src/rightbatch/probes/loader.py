@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from torch.utils.data import DataLoader
 
+from rightbatch.engine.loader_workers import end_workers
 from rightbatch.engine.meters import Clock
 from rightbatch.engine.rig import Rig
 from rightbatch.records.measurements import LoaderMeasurements, LoaderPoint
@@ -64,7 +65,7 @@ def _point(rig: Rig, num_workers: int, batch_size: int, budget_s: float) -> Load
     try:
         rates = _rates(clock, _forever(loader), warm_up=1 + 3 * num_workers, end_s=end_s)
     finally:
-        _end_workers(loader)
+        end_workers(getattr(loader, "_iterator", None))
     return LoaderPoint(num_workers=num_workers, batch_size=batch_size, samples_per_s=rates)
 
 
@@ -85,10 +86,3 @@ def _rates(clock: Clock, stream: Iterator[Batch], *, warm_up: int, end_s: float)
 def _forever(loader: "DataLoader[object]") -> Iterator[Batch]:
     while True:
         yield from loader
-
-
-def _end_workers(loader: "DataLoader[object]") -> None:
-    """End the workers now. After an error its traceback keeps them alive, and the garbage collector then waits five seconds for them."""
-    shut_down = getattr(getattr(loader, "_iterator", None), "_shutdown_workers", None)
-    if shut_down is not None:
-        shut_down()

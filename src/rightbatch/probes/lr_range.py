@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from rightbatch.engine.losses import loss_sum
 from rightbatch.engine.rig import Rig, seed_everything
-from rightbatch.engine.step import Trainee, loss_sum, train_step
+from rightbatch.engine.step import Trainee, train_step
 from rightbatch.records.lr_range_measurements import LrRangeMeasurements, LrRangePoint, LrRangeRound
 
 _LOWEST_LR, _HIGHEST_LR = 1e-6, 1e2
@@ -214,8 +215,8 @@ class _Trial:
         losses = []
         with torch.no_grad():
             for indices in batches:
-                total, count = loss_sum(self.trainee, self._rig.real_batch(indices.tolist()))
-                losses.append(float(total) / count)
+                total, count = loss_sum(self.trainee.objective, self.trainee.model, self._rig.real_batch(indices.tolist()))
+                losses.append(float(total / count))
         self._start.restore(self.trainee)
         return losses
 

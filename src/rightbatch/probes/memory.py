@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rightbatch.engine.losses import loss_sum
 from rightbatch.engine.memory_trace import AllocationLog, Mark, record, storages_of
 from rightbatch.engine.meters import capped
 from rightbatch.engine.rig import Rig
-from rightbatch.engine.step import Trainee, loss_sum, train_step
+from rightbatch.engine.step import Trainee, train_step
 from rightbatch.engine.trace_sizes import learn
 from rightbatch.records.measurements import (
     AllocationKind,
@@ -67,7 +68,7 @@ def evaluation_trace(rig: Rig, *, limit_bytes: int | None = None) -> MemoryTrace
     def forward(trainee: Trainee, batch: Batch, _mark: Mark) -> None:
         trainee.model.eval()
         with torch.no_grad():
-            loss_sum(trainee, batch)
+            loss_sum(trainee.objective, trainee.model, batch)
 
     return _trace(rig, limit_bytes, forward)
 

@@ -26,7 +26,7 @@ _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, 
 
 def memory_chart(curve: MemoryCurve) -> go.Figure:
     """Draw the calibrated curve, what was measured, the limit, and the ceiling."""
-    figure = _figure("micro-batch size", "memory in GiB")
+    figure = new_figure("micro-batch size", "memory in GiB")
     sizes = [size for size, _ in curve.curve]
     figure.add_scatter(
         x=sizes, y=[used / GIB for _, used in curve.curve], name="calibrated trace", mode="lines", line={"color": BLUE, "width": 2}
@@ -39,7 +39,7 @@ def memory_chart(curve: MemoryCurve) -> go.Figure:
         ]
         if points:
             heights = [used / GIB for _, used in points]
-            figure.add_scatter(x=[size for size, _ in points], y=heights, name=name, mode="markers", marker=_marker(colour, symbol))
+            figure.add_scatter(x=[size for size, _ in points], y=heights, name=name, mode="markers", marker=marker_of(colour, symbol))
     drawn = [used for _, used in curve.curve] + [point.used_bytes for point in curve.points if point.used_bytes is not None]
     _limit(figure, curve.limit.limit_bytes / GIB, max(drawn, default=0) / GIB, "limit", format_bytes(curve.limit.limit_bytes))
     if curve.ceiling is not None:
@@ -50,7 +50,7 @@ def memory_chart(curve: MemoryCurve) -> go.Figure:
 
 def speed_chart(curve: StepTimeCurve, loader: LoaderCurve | None) -> go.Figure:
     """Draw throughput by micro-batch size with intervals, the fit, the knee, and what the data loader delivers."""
-    figure = _figure("micro-batch size", "samples per second")
+    figure = new_figure("micro-batch size", "samples per second")
     sizes = [point.micro_batch_size for point in curve.points]
     fitted = [
         (point.micro_batch_size, point.micro_batch_size / point.fitted_step_time_s) for point in curve.points if point.fitted_step_time_s
@@ -63,7 +63,7 @@ def speed_chart(curve: StepTimeCurve, loader: LoaderCurve | None) -> go.Figure:
             mode="lines",
             line={"color": BLUE, "width": 2, "shape": "spline"},
         )
-    _points(figure, sizes, [point.samples_per_s for point in curve.points], name="measured, 95 %")
+    add_estimates(figure, sizes, [point.samples_per_s for point in curve.points], name="measured, 95 %")
     if loader is not None and loader.samples_per_s.value is not None:
         best = max((point.samples_per_s.value or 0.0 for point in curve.points), default=0.0)
         _limit(figure, loader.samples_per_s.value, best, "data loader", f"{format_number(loader.samples_per_s.value)} samples/s")
@@ -76,9 +76,9 @@ def speed_chart(curve: StepTimeCurve, loader: LoaderCurve | None) -> go.Figure:
 
 def noise_chart(scale: NoiseScale) -> go.Figure:
     """Draw the noise scale of every snapshot with its interval along the samples seen."""
-    figure = _figure("samples seen", "noise scale in samples")
+    figure = new_figure("samples seen", "noise scale in samples")
     known = [snapshot for snapshot in scale.snapshots if snapshot.noise_scale.value is not None]
-    _points(
+    add_estimates(
         figure,
         [snapshot.samples_seen for snapshot in known],
         [snapshot.noise_scale for snapshot in known],
@@ -96,7 +96,7 @@ def noise_chart(scale: NoiseScale) -> go.Figure:
 
 def cost_chart(tradeoff: Tradeoff, chosen: int | None, equivalent: Sequence[int]) -> go.Figure:
     """Draw the predicted time to target over the batch size with its interval, the choice, and the set of sizes as good."""
-    figure = _figure("batch size", "time to target (best = 1)")
+    figure = new_figure("batch size", "time to target (best = 1)")
     points = [point for point in tradeoff.points if point.relative_time.value is not None]
     sizes, times = [point.global_batch_size for point in points], [point.relative_time for point in points]
     banded = [(size, time) for size, time in zip(sizes, times, strict=True) if time.low is not None and time.high is not None]
@@ -118,7 +118,7 @@ def cost_chart(tradeoff: Tradeoff, chosen: int | None, equivalent: Sequence[int]
         name="predicted",
         mode="lines+markers",
         line={"color": BLUE, "width": 2},
-        marker=_marker(BLUE, "circle"),
+        marker=marker_of(BLUE, "circle"),
     )
     _powers(figure, sizes)
     if equivalent:
@@ -134,7 +134,7 @@ def cost_chart(tradeoff: Tradeoff, chosen: int | None, equivalent: Sequence[int]
 
 def pareto_chart(tradeoff: Tradeoff, chosen: int | None) -> go.Figure:
     """Draw time against samples to target, one point a size, labelled by the size."""
-    figure = _figure("samples to target (least = 1)", "time to target (best = 1)")
+    figure = new_figure("samples to target (least = 1)", "time to target (best = 1)")
     points = [point for point in tradeoff.points if point.relative_time.value is not None and point.relative_samples.value is not None]
     for name, colour, kept in (
         ("batch size", BLUE, [point for point in points if point.global_batch_size != chosen]),
@@ -148,14 +148,15 @@ def pareto_chart(tradeoff: Tradeoff, chosen: int | None) -> go.Figure:
             text=[str(point.global_batch_size) for point in kept],
             cliponaxis=False,
             textposition=["top center" if points.index(point) % 2 else "bottom center" for point in kept],
-            marker=_marker(colour, "circle", 10),
+            marker=marker_of(colour, "circle", 10),
         )
     for axis, ticks in ((figure.update_xaxes, (1, 1.2, 1.5, 2, 3, 5, 10, 20, 50)), (figure.update_yaxes, (1, 1.5, 2, 3, 5, 10, 20, 50))):
         axis(type="log", tickvals=list(ticks), ticktext=[str(tick) for tick in ticks])
     return figure
 
 
-def _figure(x_title: str, y_title: str) -> go.Figure:
+def new_figure(x_title: str, y_title: str) -> go.Figure:
+    """Return an empty figure in the report's style."""
     layout = go.Layout(
         template=go.layout.Template(),
         paper_bgcolor="rgba(0,0,0,0)",
@@ -182,11 +183,13 @@ def _figure(x_title: str, y_title: str) -> go.Figure:
     return figure
 
 
-def _marker(colour: str, symbol: str, size: int = 8) -> dict[str, str | int]:
+def marker_of(colour: str, symbol: str, size: int = 8) -> dict[str, str | int]:
+    """Return plotly's description of a marker."""
     return {"color": colour, "symbol": symbol, "size": size}
 
 
-def _points(figure: go.Figure, sizes: Sequence[int], values: Sequence[Estimate], *, name: str, line: bool = False) -> None:
+def add_estimates(figure: go.Figure, sizes: Sequence[int], values: Sequence[Estimate], *, name: str, line: bool = False) -> None:
+    """Draw estimates with their intervals over sizes or samples; those without a value are left out."""
     known = [(size, value.value, value.low, value.high) for size, value in zip(sizes, values, strict=True) if value.value is not None]
     heights = [height for _, height, _, _ in known]
     above = [0.0 if high is None else high - height for _, height, _, high in known]
@@ -199,7 +202,7 @@ def _points(figure: go.Figure, sizes: Sequence[int], values: Sequence[Estimate],
         error_y=bars,
         name=name,
         mode=mode,
-        marker=_marker(BLUE, "circle"),
+        marker=marker_of(BLUE, "circle"),
         line={"color": BLUE, "width": 2},
     )
 

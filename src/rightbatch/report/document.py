@@ -51,8 +51,9 @@ class Section:
     """A part of the report."""
 
     key: Literal[
-        "why", "advice", "branches", "sizes", "memory", "speed", "noise", "lr", "practice", "devices", "change", "limits", "provenance"
-    ]
+        "why", "advice", "branches", "sizes", "memory", "speed", "noise", "lr", "practice", "devices", "change", "limits", "provenance",
+        "course", "batch", "time", "events",
+    ]  # fmt: skip
     title: str
     sentences: tuple[str, ...] = ()
     items: tuple[str, ...] = ()

@@ -15,6 +15,7 @@ from plotly.offline import get_plotlyjs
 
 from rightbatch.records.plan import Findings
 from rightbatch.report import charts
+from rightbatch.report.document import Verdict
 from rightbatch.report.verdict import build_verdict
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -40,7 +41,16 @@ def render_html(findings: Findings, *, now: datetime | None = None) -> str:
         findings: What one run concluded.
         now: An aware time, to say how old the measurements are.
     """
-    drawn = tuple(_charts(findings))
+    return render_page(build_verdict(findings, now=now), tuple(_charts(findings)))
+
+
+def render_page(verdict: Verdict, drawn: tuple[Chart, ...]) -> str:
+    """Return a page with these words and charts.
+
+    Args:
+        verdict: Everything that is said.
+        drawn: Charts for its sections.
+    """
     scripts = tuple(
         _script(text) for text in ((get_plotlyjs(),) if drawn else ()) + ((_TEMPLATES / "page.js").read_text(encoding="utf-8"),)
     )
@@ -48,7 +58,7 @@ def render_html(findings: Findings, *, now: datetime | None = None) -> str:
         _environment()
         .get_template("page.html.j2")
         .render(
-            verdict=build_verdict(findings, now=now),
+            verdict=verdict,
             charts=drawn,
             figures=[json.loads(chart.figure.to_json()) for chart in drawn],
             policy="; ".join(

@@ -27,18 +27,32 @@ def render_text(findings: Findings, *, width: int = 80, colour: bool, now: datet
         colour: Whether to write ANSI colours.
         now: An aware time, to say how old the measurements are.
     """
+    return render_verdict(build_verdict(findings, now=now), width=width, colour=colour)
+
+
+def render_verdict(verdict: Verdict, *, width: int, colour: bool) -> str:
+    """Return words laid out for a terminal.
+
+    Args:
+        verdict: Everything that is said.
+        width: Columns.
+        colour: Whether to write ANSI colours.
+    """
     console = Console(
         file=io.StringIO(), width=width, force_terminal=colour, color_system="standard" if colour else None, no_color=not colour,
         legacy_windows=False, highlight=False, emoji=False, markup=False, _environ={},
     )  # fmt: skip
     with console.capture() as capture:
-        console.print(build(findings, now=now))
+        console.print(_laid_out(verdict))
     return "\n".join(line.rstrip() for line in capture.get().splitlines()).rstrip() + "\n"
 
 
 def build(findings: Findings, *, now: datetime | None = None) -> RenderableType:
     """Return the report as a rich renderable."""
-    verdict = build_verdict(findings, now=now)
+    return _laid_out(build_verdict(findings, now=now))
+
+
+def _laid_out(verdict: Verdict) -> RenderableType:
     parts: list[RenderableType] = [_answer(verdict)]
     for section in verdict.sections:
         parts.extend((Text(""), Text(section.title, style="bold"), *_body(section, verdict)))

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
-from torch.nn.parallel import DistributedDataParallel
 
+from rightbatch.engine.data_parallel import find_wrapper, layers_around
 from rightbatch.engine.late_values import LateValues
 from rightbatch.engine.step_norms import StepNorms
 from rightbatch.errors import UsageError
@@ -80,7 +80,7 @@ class NoiseMonitor:
         self._every = every
         self._scaler = scaler
         self._dataset_size = dataset_size
-        self._reducer = _reducer(model)
+        self._reducer = find_wrapper(model, needed_by="the monitor")
         self._ranks = 1 if self._reducer is None else self._reducer.process_group.size()
         self._batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())  # noqa: SLF001
         names = [name.rpartition(".")[0] or name for name in watched]
@@ -95,7 +95,7 @@ class NoiseMonitor:
         self._left_out = dict.fromkeys(("non_finite", "single", "inconsistent", "dropped"), 0)
         self._step = 0
         self._samples_seen = 0
-        self._announced = 0
+        self._announced = self._announced_samples = 0
         self._scale: Tensor | None = None
         self._hook = optimizer.register_step_pre_hook(self._before_step)
         self._is_open = True
@@ -115,6 +115,7 @@ class NoiseMonitor:
         if samples < 1 or not (math.isfinite(weight) and weight > 0):
             raise UsageError(f"a micro-batch needs samples >= 1 and a finite weight > 0; got {samples} and {weight}.")
         self._announced += 1
+        self._announced_samples += samples * self._ranks
         self._samples_seen += samples * self._ranks
         if not self._is_measured:
             yield
@@ -148,6 +149,18 @@ class NoiseMonitor:
             share = (stop - start) / size
             with self.micro_batch(stop - start, weight=share):
                 yield (share, *(tensor[start:stop] for tensor in batch))
+
+    def forget_step(self) -> None:
+        """Forget the micro-batches since the last optimizer step: their gradients were dropped, and they will be announced again."""
+        self._samples_seen -= self._announced_samples
+        self._announced = self._announced_samples = 0
+        self._norms.restart()
+        self._scale = None
+
+    @property
+    def measures_next_step(self) -> bool:
+        """Whether the next optimizer step is one of those that are measured."""
+        return self._is_measured
 
     @property
     def noise_scale(self) -> NoiseScale:
@@ -203,7 +216,7 @@ class NoiseMonitor:
         self._blocks = NoiseBlocks.from_state_dict(state["blocks"])
         self._left_out = dict(state["left_out"])
         self._step, self._samples_seen = state["step"], state["samples_seen"]
-        self._announced = 0
+        self._announced = self._announced_samples = 0
         self._norms.restart()
 
     def close(self) -> None:
@@ -230,7 +243,7 @@ class NoiseMonitor:
         self._collect(wait=False)
         if self._is_measured:
             self._finish_step()
-        self._announced = 0
+        self._announced = self._announced_samples = 0
         self._step += 1
 
     def _finish_step(self) -> None:
@@ -307,30 +320,5 @@ def _watched(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn
     return watched
 
 
-def _reducer(model: nn.Module) -> DistributedDataParallel | None:
-    """The wrapper that averages gradients over ranks; none on a single rank.
-
-    Raises:
-        UsageError: Several ranks run, and the model is not wrapped, so that it is not known how gradients are added up.
-    """
-    for layer in _layers_around(model):
-        if isinstance(layer, DistributedDataParallel):
-            return layer if layer.process_group.size() > 1 else None
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        raise UsageError(
-            f"under {torch.distributed.get_world_size()} ranks the monitor needs the model wrapped in DistributedDataParallel; got "
-            f"{type(model).__name__}; give the wrapped model. Sharded models cannot be watched."
-        )
-    return None
-
-
-def _layers_around(model: nn.Module) -> Iterator[nn.Module]:
-    """The module, then what it wraps, down to what the user wrote; DistributedDataParallel and torch.compile wrap."""
-    yield model
-    inner = model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", None)
-    if isinstance(inner, nn.Module):
-        yield from _layers_around(inner)
-
-
 def _unwrapped(model: nn.Module) -> nn.Module:
-    return list(_layers_around(model))[-1]
+    return list(layers_around(model))[-1]

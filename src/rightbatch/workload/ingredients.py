@@ -16,8 +16,8 @@ Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 Batch = Any
 """A collated batch: a tensor, or tensors nested in tuples, lists and mappings. The shape is the user's own."""
 
-StepLoss = Tensor | tuple[Tensor, int]
-"""What a ``step`` returns: losses of the samples, shape (batch,), or a mean loss, shape (), with its sample count."""
+StepLoss = Tensor | tuple[Tensor, int | Tensor]
+"""What a ``step`` returns: losses of the samples, shape (batch,), or a mean loss, shape (), with the count that it is a mean over."""
 
 
 class SizedDataset(Protocol):
@@ -55,6 +55,11 @@ class Workload:
         clip_norm: Largest norm of the gradient; ``None`` does not clip.
         average: Builds a moving average of the model's weights from the model, such as ``torch.optim.swa_utils.AveragedModel``; its
             ``update_parameters(model)`` is called after every optimizer step.
+        scheduler: Builds a learning rate schedule from the optimizer: any of ``torch.optim.lr_scheduler`` but ``ReduceLROnPlateau``.
+            Training steps it once for every ``plan.global_batch_size`` samples, whatever the batch size, so that it holds for all sizes.
+        loss_weight: ``loss_weight(target)`` returns what a loss is a mean over where that is not the samples: the number of tokens that
+            count, the sum of the weights. It is derived for ``cross_entropy`` and ``nll_loss``, as functions, partials and modules.
+            Losses of samples, or their sum, are then divided by it.
         couples_samples: Whether a batch's loss is more than the mean of its samples' losses, as contrastive losses are.
         name: Name shown in reports; the default is the class of the model.
 
@@ -77,6 +82,8 @@ class Workload:
     compile: bool = False
     clip_norm: float | None = None
     average: Callable[[nn.Module], nn.Module] | None = None
+    scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None
+    loss_weight: Callable[[Any], Tensor | float] | None = None
     couples_samples: bool = False
     name: str | None = None
 
@@ -84,13 +91,15 @@ class Workload:
         if not callable(self.model):
             raise WorkloadError(f"model must be a torch.nn.Module or a function that builds one; got {_kind(self.model)}.")
         self._check_objective()
-        _check_dataset("train", self.train)
+        check_dataset("train", self.train)
         if self.valid is not None:
-            _check_dataset("valid", self.valid)
-        for field in ("optimizer", "collate_fn", "metric", "average"):
+            check_dataset("valid", self.valid)
+        for field in ("optimizer", "collate_fn", "metric", "average", "scheduler", "loss_weight"):
             value = getattr(self, field)
             if value is not None and not callable(value):
                 raise WorkloadError(f"{field} must be callable; got {_kind(value)}; see help(rightbatch.Workload).")
+        if self.scheduler is not None and self.optimizer is None:
+            raise WorkloadError("a scheduler changes the rate of the optimizer, so it needs one; got none; give optimizer=.")
         self._check_numbers()
 
     def _check_objective(self) -> None:
@@ -98,6 +107,8 @@ class Workload:
             raise WorkloadError("a workload needs a loss or a step; got neither; give loss=torch.nn.functional.cross_entropy, for example.")
         if self.loss is not None and self.step is not None:
             raise WorkloadError("a workload takes either loss or step; got both; drop loss, since step computes its own.")
+        if self.loss_weight is not None and self.loss is None:
+            raise WorkloadError("loss_weight says what loss is a mean over; got it beside a step, which returns its count itself; drop it.")
         for field, value in (("loss", self.loss), ("step", self.step)):
             if value is not None and not callable(value):
                 raise WorkloadError(f"{field} must be callable; got {_kind(value)}; see help(rightbatch.Workload).")
@@ -119,7 +130,16 @@ class Workload:
             raise WorkloadError(f"clip_norm must be positive; got {self.clip_norm!r}; give None not to clip.")
 
 
-def _check_dataset(field: str, dataset: object) -> None:
+def check_dataset(field: str, dataset: object) -> None:
+    """Check that something is a map-style dataset that holds a sample.
+
+    Args:
+        field: What the user calls it, for the message.
+        dataset: What was given.
+
+    Raises:
+        WorkloadError: It is a stream, a mapping, a loader or empty.
+    """
     if isinstance(dataset, torch.utils.data.DataLoader):
         raise WorkloadError(f"{field} must be a dataset; got a DataLoader; give its .dataset, since rightbatch chooses the batches.")
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):

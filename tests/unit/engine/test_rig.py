@@ -136,7 +136,7 @@ def test_a_rig_that_was_never_asked_to_describe_itself_knows_a_sum_too():
     rig = rig_of(workload_of(loss=lambda o, t: cross_entropy(o, t, reduction="sum")))
     expected = weights(rig_of(workload_of()).new_trainee())
     trainee = rig.new_trainee()
-    assert trainee.loss_is_sum
+    assert trainee.objective.loss_is_sum
     assert torch.equal(weights(trainee), expected)
 
 

@@ -155,7 +155,8 @@ def test_a_step_counts_what_its_mean_is_over_rather_than_rows():
     gradient, result = gradient_of(trainee_of(workload), micro)
     whole, _ = gradient_of(trainee_of(workload), [full])
     assert distance(gradient, whole) < TOLERANCE
-    assert result.samples == int((full[1] != 0).sum())
+    assert result.weight == int((full[1] != 0).sum())
+    assert result.samples == 13
 
 
 @pytest.mark.parametrize(("precision", "closeness"), [("fp16", 0.02), ("bf16", 0.1)])
@@ -210,7 +211,7 @@ def failing_step(step):
         (failing_loss(lambda o: None), "loss must be a tensor; got NoneType; return"),
         (failing_loss(lambda o: {"loss": o.mean()}), "loss must be a tensor; got dict; return"),
         (failing_step(lambda o: (o, 4)), "loss must be a tensor; got tuple; return"),
-        (failing_step(lambda o: (o.mean(), 0)), "sample count of at least 1; got 0; count what the mean is over"),
+        (failing_step(lambda o: (o.mean(), -1)), "a count of at least 0; got -1; return what the mean is over"),
     ],
 )
 def test_an_odd_loss_is_refused_with_what_was_got_and_what_to_do(ingredients, message):

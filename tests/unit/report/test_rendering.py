@@ -1,20 +1,18 @@
 import json
-import os
 import re
 import subprocess
 import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 from plotly.offline import get_plotlyjs
 
 import findings_samples as samples
+from golden_files import golden
 from rightbatch.report import charts
 from rightbatch.report.html import render_html, render_notebook
 from rightbatch.report.text import render_text
 
-GOLDEN = Path(__file__).parents[2] / "golden"
 NAMES = sorted(samples.ALL)
 
 
@@ -26,22 +24,14 @@ def page_of(name: str) -> str:
     return render_html(samples.ALL[name]()).replace(get_plotlyjs(), "PLOTLY_JS")
 
 
-def golden(path: Path, actual: str) -> None:
-    if os.environ.get("RIGHTBATCH_UPDATE_GOLDEN") == "1":
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(actual, encoding="utf-8")
-    assert path.is_file(), f"{path.name} is missing; write it with: make golden"
-    assert actual == path.read_text(encoding="utf-8"), "differs from the stored report; read the diff after: make golden"
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_text_is_the_stored_text(name: str) -> None:
-    golden(GOLDEN / f"report_{name}.txt", text_of(name))
+    golden(f"report_{name}.txt", text_of(name))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_page_is_the_stored_page(name: str) -> None:
-    golden(GOLDEN / f"report_{name}.html", re.sub(r"sha256-[A-Za-z0-9+/=]+", "sha256-DIGEST", page_of(name)))
+    golden(f"report_{name}.html", re.sub(r"sha256-[A-Za-z0-9+/=]+", "sha256-DIGEST", page_of(name)))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,0 +1,167 @@
+"""The ranks of a training step: what DistributedDataParallel adds up, when, and what must not be asked of it twice."""
+
+import contextlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from rightbatch.engine.late_values import LateValues
+from rightbatch.engine.losses import Weight
+from rightbatch.errors import UsageError
+
+_READ_AFTER = 2
+"""Steps after which the host reads what was summed: by then the device has long computed it."""
+
+
+def layers_around(model: nn.Module) -> Iterator[nn.Module]:
+    """The module, then what it wraps, down to what the user wrote; DistributedDataParallel and torch.compile wrap."""
+    yield model
+    inner = model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", None)
+    if isinstance(inner, nn.Module):
+        yield from layers_around(inner)
+
+
+def find_wrapper(model: nn.Module, *, needed_by: str) -> DistributedDataParallel | None:
+    """Return the wrapper that averages gradients over ranks; none on a single rank.
+
+    Args:
+        model: The model, wrapped or not.
+        needed_by: Who asks, for the message.
+
+    Raises:
+        UsageError: Several ranks run, and the model is not wrapped, so that it is not known how gradients are added up.
+    """
+    for layer in layers_around(model):
+        if isinstance(layer, DistributedDataParallel):
+            return layer if layer.process_group.size() > 1 else None
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        raise UsageError(
+            f"under {torch.distributed.get_world_size()} ranks {needed_by} needs the model wrapped in DistributedDataParallel; got "
+            f"{type(model).__name__}; give the wrapped model. Sharded models are not supported."
+        )
+    return None
+
+
+@dataclass(frozen=True)
+class WindowSums:
+    """Sums over the ranks of one window, on their way.
+
+    Attributes:
+        vector: Weight of the window and number of ranks that made their micro-batches smaller, in float64 on the device.
+        work: The reduction.
+    """
+
+    vector: Tensor
+    work: torch.distributed.Work
+
+    def weight(self) -> Weight:
+        """The window's weight over all ranks: a scalar of the device; on the CPU, which must wait anyway, a number."""
+        self.work.wait()  # on CUDA the device waits, not the host
+        return self.vector[0].item() if self.vector.device.type == "cpu" else self.vector[0]
+
+
+class DataParallel:
+    """A model wrapped for several ranks, seen from one of them.
+
+    Args:
+        wrapper: The model's wrapper.
+    """
+
+    def __init__(self, wrapper: DistributedDataParallel) -> None:
+        self._wrapper = wrapper
+        self._sent: deque[WindowSums] = deque()
+        self._late = LateValues()
+        self._device = next(wrapper.parameters()).device
+        self.has_shrunk = False
+        """Whether this rank made its micro-batches smaller since it last told the others."""
+
+    @property
+    def ranks(self) -> int:
+        """Number of processes that train together."""
+        return int(self._wrapper.process_group.size())
+
+    @property
+    def inner(self) -> nn.Module:
+        """The model inside the wrapper: run forward by itself it neither exchanges anything nor is expected to."""
+        inner: nn.Module = self._wrapper.module
+        return inner
+
+    @property
+    def finds_unused(self) -> bool:
+        """Whether each reduction leaves out the parameters that the forward pass did not use."""
+        return bool(self._wrapper.find_unused_parameters)
+
+    @property
+    def couples_ranks(self) -> bool:
+        """Whether forward passes exchange statistics, so that no rank can run one more of them than the others."""
+        return any(isinstance(module, nn.SyncBatchNorm) for module in self._wrapper.modules())
+
+    def begin_window(self, weight: Weight) -> WindowSums:
+        """Do what the ranks do together once in a window, before anything that may have to be repeated.
+
+        Buffers are copied from rank 0, as the wrapper does before a forward pass after each reduction; its own passes in this window
+        then leave that out.
+
+        Args:
+            weight: This rank's weight of the window.
+        """
+        if self._wrapper.will_sync_module_buffers():  # type: ignore[no-untyped-call]
+            self._wrapper._sync_buffers()  # type: ignore[no-untyped-call]  # noqa: SLF001  # what its forward pass calls
+        self._wrapper.require_forward_param_sync = False
+        sums = self._sum([weight, 1.0 if self.has_shrunk else 0.0])
+        self.has_shrunk = False
+        self._sent.append(sums)
+        return sums
+
+    def anyone_shrank(self) -> bool:
+        """Whether a rank had made its micro-batches smaller as of two windows ago; all ranks get the same answer at the same window."""
+        if len(self._sent) <= _READ_AFTER:
+            return False
+        sums = self._sent.popleft()
+        sums.work.wait()
+        self._late.put(sums.vector)
+        return any(shrunk > 0 for _, shrunk in self._late.take(wait=True))
+
+    def smallest(self, value: int) -> int:
+        """Return the smallest of all ranks' values; the host waits for it."""
+        vector = torch.tensor([value], device=self._device)
+        torch.distributed.all_reduce(vector, torch.distributed.ReduceOp.MIN, group=self._wrapper.process_group)
+        return int(vector.item())
+
+    def mean_weight(self, weight: Weight) -> Weight:
+        """Return the mean of the ranks' weights."""
+        total = self._sum([weight]).weight()
+        return total / self.ranks
+
+    def _sum(self, values: Sequence[Weight]) -> WindowSums:
+        numbers = torch.tensor([0.0 if isinstance(value, Tensor) else value for value in values], dtype=torch.float64)
+        vector = (numbers.pin_memory() if self._device.type == "cuda" else numbers).to(self._device, non_blocking=True)
+        for index, value in enumerate(values):
+            if isinstance(value, Tensor):
+                vector[index] = value
+        work = torch.distributed.all_reduce(vector, group=self._wrapper.process_group, async_op=True)
+        assert work is not None, "this process belongs to its own group"  # noqa: S101
+        return WindowSums(vector, work)
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """Within, forward and backward passes exchange nothing."""
+        context: contextlib.AbstractContextManager[None] = self._wrapper.no_sync()
+        return context
+
+    @property
+    def is_armed(self) -> bool:
+        """Whether a forward pass of this window has told the wrapper to reduce the gradients that arrive next."""
+        return bool(self._wrapper.require_forward_param_sync)
+
+    def finish_backward(self, gradients: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+        """Reduce an armed window without a graph: let each parameter's gradient arrive, so that the wrapper completes its reduction.
+
+        Args:
+            gradients: What is to be added to ``.grad``, of each parameter whose gradient has not arrived yet.
+        """
+        if gradients:
+            torch.autograd.backward([parameter for parameter, _ in gradients], [gradient for _, gradient in gradients])

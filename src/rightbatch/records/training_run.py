@@ -1,0 +1,231 @@
+"""The folder of a training: what was asked (``training.json``), the log, the last two checkpoints, the report."""
+
+import os
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Literal
+
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from rightbatch.errors import RunFolderError
+from rightbatch.records.document import ForeignRecordError, read_document, refuse_io, validate, write_whole
+from rightbatch.records.plan import BatchPlan
+from rightbatch.records.record import SCHEMA_VERSION, Record
+from rightbatch.records.run import LOCK_FILE, MANIFEST_FILE, REPORT_FILE, RunFolder
+from rightbatch.records.training_log import EvaluationLine, LogLine, TrainingTarget, read_log
+
+TRAINING_FILE = "training.json"
+LOG_FILE = "log.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+class TrainingState(StrEnum):
+    """How far a training came."""
+
+    UNFINISHED = "unfinished"
+    """It runs, or its process was killed."""
+    FINISHED = "finished"
+    """All samples were trained on; there was no target."""
+    TARGET_REACHED = "target reached"
+    TARGET_MISSED = "target missed"
+    """All samples were trained on, and the target was not reached."""
+    STOPPED = "stopped"
+    """The caller ended it after an evaluation."""
+    INTERRUPTED = "interrupted"
+    DIVERGED = "diverged"
+    """The loss was not finite."""
+
+
+class PredictedStep(Record):
+    """What the plan's findings say about steps of one size."""
+
+    global_batch_size: PositiveInt
+    step_time_s: PositiveFloat
+    """Seconds between optimizer steps, the data loader's limit included."""
+
+
+class TrainingManifest(Record):
+    """What is trained, with which plan, for how long, and how far it came."""
+
+    schema_version: int = SCHEMA_VERSION
+    written_by: Literal["rightbatch"] = "rightbatch"
+    rightbatch_version: str
+    created_at: str
+    """ISO 8601, UTC."""
+    updated_at: str
+    """ISO 8601, UTC."""
+    command: tuple[str, ...] = ()
+    """The command that was given; empty when it was started from Python."""
+    workload_spec: str
+    workload_arguments: tuple[str, ...] = ()
+    code_files: tuple[tuple[str, str], ...] = ()
+    """(path, SHA-256) of every file of the user's code."""
+    workload_name: str
+    fingerprint: str
+    """Of everything that must be the same for a training to go on."""
+    plan: BatchPlan
+    plan_source: str
+    """Where the plan comes from, in words."""
+    schedule: str
+    """How the batch size changes, in words."""
+    samples: PositiveInt
+    """Samples to train on, over all epochs."""
+    samples_per_epoch: PositiveInt
+    target: TrainingTarget | None = None
+    seed: NonNegativeInt
+    device: str
+    device_name: str
+    predicted_steps: tuple[PredictedStep, ...] = ()
+    """From the findings that the plan comes from; empty when it comes from elsewhere."""
+    state: TrainingState = TrainingState.UNFINISHED
+
+
+class TrainingResult(Record):
+    """What a training came to: the document that ``--json`` prints and the report renders."""
+
+    schema_version: int = SCHEMA_VERSION
+    state: TrainingState
+    workload_name: str
+    plan: BatchPlan
+    plan_source: str
+    schedule: str
+    target: TrainingTarget | None
+    steps: NonNegativeInt
+    samples: NonNegativeInt
+    samples_asked: PositiveInt
+    epochs: NonNegativeFloat
+    training_s: NonNegativeFloat
+    """Seconds of training, loading of batches included; evaluations, checkpoints and interruptions not."""
+    predicted_s: NonNegativeFloat | None
+    """The same from the step times of the plan's findings; none without them, or where they say nothing about a size that was trained."""
+    samples_per_s: PositiveFloat | None
+    batch_sizes: tuple[tuple[NonNegativeInt, PositiveInt], ...]
+    """(samples trained on before, global batch size) wherever the size changed."""
+    train_loss: float | None
+    """Mean over the steps of the log's last line."""
+    evaluation: EvaluationLine | None
+    """The last one."""
+    best: EvaluationLine | None
+    """With the best metric, or without one the lowest loss."""
+    reached: EvaluationLine | None
+    """The first that met the target."""
+    resumes: NonNegativeInt
+    out_of_memory: NonNegativeInt
+    """Steps that were taken again with smaller micro-batches."""
+
+
+@dataclass(frozen=True)
+class TrainingFolder:
+    """A folder that belongs to one training."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: Path) -> "TrainingFolder":
+        """Make the folder, or take over one that a training left.
+
+        Raises:
+            RunFolderError: It is a file, cannot be written, or holds something else.
+        """
+        if path.exists() and not path.is_dir():
+            raise RunFolderError(f"the folder of a training must be a folder; {path} is a file; pass another --out.")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            names = {entry.name for entry in path.iterdir()} - {LOCK_FILE}
+        except OSError as error:
+            refuse_io("make", path, error)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise RunFolderError(f"cannot write into the folder {path}: permission denied; pass another --out.")
+        if names and TRAINING_FILE not in names and not all(name.startswith(".") and name.endswith(".tmp") for name in names):
+            kind = "a run of `rightbatch find`" if MANIFEST_FILE in names else "something else"
+            raise RunFolderError(f"the folder of a training must be empty or a training's; {path} holds {kind}; pass another --out.")
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> "TrainingFolder":
+        """Open the folder of a training for reading.
+
+        Raises:
+            RunFolderError: It is none.
+        """
+        if not cls.is_at(path):
+            raise RunFolderError(f"{path} is no folder of a training: it holds no {TRAINING_FILE}; give the one that `train` named.")
+        return cls(path)
+
+    @staticmethod
+    def is_at(path: Path) -> bool:
+        """Whether a training was kept there."""
+        return (path / TRAINING_FILE).is_file()
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep every other process out of the folder, and leave no folder behind when nothing was written into it.
+
+        Raises:
+            RunFolderBusyError: Another process is using the folder.
+        """
+        folder = RunFolder(self.path)
+        with folder.lock(), folder.removed_if_empty():
+            yield
+
+    @property
+    def log_file(self) -> Path:
+        """Where the log is."""
+        return self.path / LOG_FILE
+
+    def read_manifest(self) -> TrainingManifest | None:
+        """Read ``training.json``; none when it was not written yet.
+
+        Raises:
+            RunFolderError: The file is corrupt, foreign, or from a newer version.
+        """
+        file = self.path / TRAINING_FILE
+        document = read_document(file)
+        if document is None:
+            return None
+        if document.get("written_by") != "rightbatch":
+            raise ForeignRecordError(f"{file} was not written by rightbatch; pass another --out or give another folder.")
+        return validate(TrainingManifest, document, file)
+
+    def write_manifest(self, manifest: TrainingManifest) -> None:
+        """Replace ``training.json``.
+
+        Raises:
+            RunFolderError: It cannot be written.
+        """
+        write_whole(self.path / TRAINING_FILE, manifest.model_dump_json(indent=2) + "\n")
+
+    def read_lines(self) -> tuple[LogLine, ...]:
+        """Read the log.
+
+        Raises:
+            RunFolderError: It is corrupt.
+        """
+        return read_log(self.log_file)
+
+    def write_report(self, html: str) -> Path:
+        """Replace ``report.html`` and say where it is.
+
+        Raises:
+            RunFolderError: It cannot be written.
+        """
+        file = self.path / REPORT_FILE
+        write_whole(file, html)
+        return file
+
+
+def resume_command(command: tuple[str, ...]) -> str:
+    """Return the command that goes on with a training; empty when it was started from Python.
+
+    Args:
+        command: What it was started with.
+    """
+    if not command:
+        return ""
+    end = command.index("--") if "--" in command else len(command)
+    own = [word for word in command[:end] if word not in {"--resume", "--fresh"}]
+    return shlex.join([*own, "--resume", *command[end:]])

@@ -1,0 +1,91 @@
+"""What is asked of a training; imports nothing heavy, so that the command line can build one before torch is loaded."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from rightbatch.errors import UsageError
+from rightbatch.records.plan import BatchPlan
+from rightbatch.records.schedule import BatchSchedule
+from rightbatch.records.training_log import EvaluationLine, TrainingTarget
+from rightbatch.records.training_run import PredictedStep
+
+KeepGoing = Callable[[EvaluationLine], bool]
+"""Says after an evaluation whether the training goes on, as a search over many trainings needs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRequest:
+    """Everything that changes how a training goes, or where it is kept.
+
+    Raises:
+        UsageError: Not exactly one of ``epochs`` and ``samples`` is given, or one is not positive.
+    """
+
+    plan: BatchPlan
+    plan_source: str = "the caller"
+    """Where the plan comes from, in words."""
+    epochs: float | None = None
+    samples: int | None = None
+    """How long to train: epochs, or samples over all epochs and ranks."""
+    target: TrainingTarget | None = None
+    """Ends the training as soon as an evaluation meets it."""
+    schedule: BatchSchedule | None = None
+    """How the batch size changes; none keeps the plan's."""
+    schedule_words: str = "constant"
+    predicted_steps: tuple[PredictedStep, ...] = ()
+    """Step times from the plan's findings, to compare the realised time with."""
+    noise_every: int | None = None
+    """Measure the gradient noise on every so many steps; 0 never; none where it costs and changes next to nothing."""
+    device: str = "auto"
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] | None = None
+    """Overrides the workload's own precision."""
+    seed: int = 0
+    threads: int | None = None
+    """Threads torch computes with; none leaves torch's default."""
+    out: Path | None = None
+    """Folder for the log, the checkpoints and the report; none keeps nothing."""
+    resume: bool = False
+    """Whether to go on from the last checkpoint in the folder; from the start when there is none."""
+    fresh: bool = False
+    """Whether to start again in a folder that holds a training."""
+    checkpoint_every_s: float = 60.0
+    """Seconds between checkpoints; one more is written at the end."""
+    evaluate_every: int | None = None
+    """Samples between evaluations; none evaluates after each epoch. One more is made at the end."""
+    log_every_s: float = 0.2
+    """Seconds between lines of the log; one more is written before each evaluation and checkpoint."""
+    command: tuple[str, ...] = ()
+    """The command that asks for this."""
+
+    def __post_init__(self) -> None:
+        lengths = [length for length in (self.epochs, self.samples) if length is not None]
+        if len(lengths) != 1 or lengths[0] <= 0:
+            raise UsageError(
+                f"a training needs a positive number of epochs or of samples; got epochs {self.epochs}, samples {self.samples}."
+            )
+        for name in ("evaluate_every", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be at least 1; got {value}.")
+        if self.noise_every is not None and self.noise_every < 0:
+            raise UsageError(f"noise_every must be at least 1, or 0 not to measure; got {self.noise_every}.")
+        if (self.resume or self.fresh) and self.out is None:
+            raise UsageError("going on with a training, or starting it again, needs its folder; got none; say which with out.")
+        if self.resume and self.fresh:
+            raise UsageError("a training either goes on (resume) or starts again (fresh); got both; drop one.")
+
+
+class TrainingProgress(Protocol):
+    """Where a training says how it goes."""
+
+    def update(self, stage: str, fraction: float, detail: str) -> None:
+        """Show a stage (``training``, ``evaluation``), the fraction of the samples that is trained on, and one line of detail."""
+
+
+class SilentTraining:
+    """Says nothing."""
+
+    def update(self, stage: str, fraction: float, detail: str) -> None:
+        """Ignore the report."""
