@@ -1,6 +1,7 @@
 """Parses the command line, runs the command, and turns every error into one line and an exit code.
 
-Exit codes: 0 answer, 1 a check failed, 2 usage, 3 the user's code, 4 nothing fits, 5 inconclusive, 70 a bug in rightbatch, 130 interrupted.
+Exit codes: 0 answer, 1 a check failed, 2 usage, 3 the user's code, 4 nothing fits, 5 inconclusive,
+6 a cluster cannot be reached, 70 a bug in rightbatch, 130 interrupted.
 """
 
 import os
@@ -24,6 +25,8 @@ from rightbatch.cli.options import (
     ReportOptions,
     RunPath,
     ShowOptions,
+    SweepOptions,
+    SweepRunOptions,
     WorkloadSpec,
 )
 from rightbatch.cli.output import answer_error, say
@@ -33,7 +36,9 @@ ENVIRONMENT_PREFIX = "RIGHTBATCH_"
 DEBUG_VARIABLE = "RIGHTBATCH_DEBUG"
 EXIT_USAGE, EXIT_BUG, EXIT_INTERRUPTED = 2, 70, 130
 
-_COMMANDS = ("find", "memory", "speed", "noise", "show", "report", "doctor")
+_COMMANDS = ("find", "memory", "speed", "noise", "sweep", "show", "report", "doctor")
+_OF_WORKLOADS = (*PARTS, "sweep")
+"""Commands that load a workload, whose function may take arguments."""
 _ARGUMENTS_HINT = "Arguments of the workload's own function come after `--`."
 _EPILOGUE = (
     "Options also come from RIGHTBATCH_* variables and from rightbatch.toml or [tool.rightbatch] in pyproject.toml; "
@@ -99,6 +104,21 @@ class Commands:
         """Measure the gradient noise scale."""
         return self._measure("noise", workload, measuring, output)
 
+    def sweep(
+        self,
+        workload: WorkloadSpec,
+        /,
+        *,
+        wanted: SweepOptions = SweepOptions(),  # noqa: B008
+        running: SweepRunOptions = SweepRunOptions(),  # noqa: B008
+        output: OutputOptions = OutputOptions(),  # noqa: B008
+    ) -> int:
+        """Train to a target at several batch sizes, with the rate tuned at each. Repeat the command to go on."""
+        from rightbatch.cli.sweep import sweep
+        from rightbatch.workload.source import WorkloadSource
+
+        return sweep(WorkloadSource(workload, self._workload_arguments), wanted, running, output, repeat=self._repeat)
+
     def show(
         self,
         run: RunPath | None = None,
@@ -158,7 +178,7 @@ def build_app(commands: Commands) -> App:
         suppress_keyboard_interrupt=False,
     )
     for place, name in enumerate(_COMMANDS):
-        usage = f"rightbatch {name} [OPTIONS] WORKLOAD [-- ARGUMENTS OF ITS FUNCTION]" if name in PARTS else None
+        usage = f"rightbatch {name} [OPTIONS] WORKLOAD [-- ARGUMENTS OF ITS FUNCTION]" if name in _OF_WORKLOADS else None
         app.command(getattr(commands, name), usage=usage, sort_key=place)
     return app
 
@@ -219,7 +239,7 @@ def _one_line(error: CycloptsError, words: Sequence[str]) -> str:
     error.verbose = False
     message = " ".join(str(error).split())
     command = words[0] if words else ""
-    if command in PARTS and isinstance(error, UnknownOptionError | UnusedCliTokensError):
+    if command in _OF_WORKLOADS and isinstance(error, UnknownOptionError | UnusedCliTokensError):
         message += f" {_ARGUMENTS_HINT}"
     help_command = "rightbatch --help" if isinstance(error, UnknownCommandError) or not command else f"rightbatch {command} --help"
     return f"{message} See `{help_command}`."

@@ -8,7 +8,7 @@ from pathlib import Path
 from cyclopts import App, ArgumentCollection
 from cyclopts.config import Dict
 
-from rightbatch.cli.options import FindOptions, MeasureOptions, MemoryOptions, OutputOptions
+from rightbatch.cli.options import FindOptions, MeasureOptions, MemoryOptions, OutputOptions, SweepOptions, SweepRunOptions
 from rightbatch.errors import UsageError
 
 OWN_FILE = "rightbatch.toml"
@@ -17,10 +17,12 @@ SHARED_TABLE = ("tool", "rightbatch")
 
 KNOWN_KEYS = tuple(
     sorted(
-        field.name.replace("_", "-")
-        for kind in (OutputOptions, MeasureOptions, FindOptions, MemoryOptions)
-        for field in fields(kind)
-        if field.name != "config"
+        {
+            field.name.replace("_", "-")
+            for kind in (OutputOptions, MeasureOptions, FindOptions, MemoryOptions, SweepOptions, SweepRunOptions)
+            for field in fields(kind)
+            if field.name != "config"
+        }
     )
 )
 
