@@ -15,8 +15,10 @@ NEAR = 0.15
 """Near: the metric is within this fraction of the target."""
 PATIENCE = 2.0
 """A trial is given up when even gaining so many times faster than over the last doubling would not bring it to the target in time."""
-FEWEST_EPOCHS = 8.0
-"""Before so many epochs nothing is given up: plateaus at the start end."""
+FEWEST_EPOCHS = 4.0
+"""Before so many epochs nothing is given up."""
+FEWEST_PROGRESS = 0.5
+"""Nor before so large a share of the way to the target: plateaus at the start end, and what is learnt late is learnt."""
 
 
 @dataclass(frozen=True)
@@ -99,19 +101,25 @@ class Course:
     def is_flat(self) -> bool:
         """Whether it will not arrive in time: the asymptote check.
 
-        Progress in equal factors of samples shrinks as a training nears its asymptote. So the gain g over the last doubling bounds what is
-        to come: a distance d to the target takes d / g doublings more at least. ``PATIENCE`` is the doubt left in that.
+        Near its asymptote a training gains less over every further doubling of samples. Once it does, the gain g over the last doubling
+        bounds what is to come: a distance d to the target takes d / g doublings more at least. ``PATIENCE`` is the doubt left in that.
         """
         if not self.evaluations or self.evaluations[-1].samples < FEWEST_EPOCHS * self._epoch_samples:
             return False
         last = self.evaluations[-1]
-        half = [evaluated for evaluated in self.evaluations if evaluated.samples <= last.samples / 2]
-        if len(half) < HOLD:
+        before, earlier = self._at(last.samples / 2), self._at(last.samples / 4)
+        if before is None or earlier is None or last.samples >= self._most_samples:
             return False
         distance = self._target - self._sign * last.value
-        gain = self._sign * (last.value - half[-1].value)
-        doublings_left = math.log2(self._most_samples / last.samples) if self._most_samples > last.samples else 0.0
-        return distance > PATIENCE * max(gain, 0.0) * doublings_left and doublings_left > 0
+        progress = self._sign * (last.value - self.evaluations[0].value)
+        gain, gain_before = (self._sign * (later.value - sooner.value) for later, sooner in ((last, before), (before, earlier)))
+        slows_down = gain < gain_before and progress >= FEWEST_PROGRESS * (progress + distance)
+        return slows_down and distance > PATIENCE * max(gain, 0.0) * math.log2(self._most_samples / last.samples)
+
+    def _at(self, samples: float) -> Evaluated | None:
+        """The last evaluation before so many samples; none while too few were made for their mean to be smooth."""
+        before = [evaluated for evaluated in self.evaluations if evaluated.samples <= samples]
+        return before[-1] if len(before) >= HOLD else None
 
     def _has_arrived(self, evaluated: Evaluated) -> bool:
         return self._sign * evaluated.value >= self._target

@@ -16,7 +16,9 @@ REACH = 2
 CONTENDS = 1.25
 """A rate within this factor of the best on the first seed is tried on all of them; a trial beyond it is stopped."""
 EXTRA_RATES = 2
-"""Smaller rates that are tried when every contender fails on some seed."""
+"""Smaller rates that are tried when every rate fails on some seed, or its first seed was lucky."""
+LUCKY = 1.5
+"""The first seed was lucky when all of them take so many times its samples."""
 SLACK_OF_SEEDS = 3.0
 """A seed that takes so many times the fewest samples of the first one fails."""
 SLACK_OF_NEIGHBOUR = 3.0
@@ -192,7 +194,7 @@ class _Design:
         return Climb(reached) if reached else None
 
     def _seeds(self, size: int, climb: Climb) -> None:
-        """Try every rate that came near the best on all seeds; the second best is stopped when it cannot win any more."""
+        """Try every rate that came near the best, or could still win, on all seeds."""
         try:
             self._try_seeds(size, climb)
         except _WaitingError:
@@ -201,14 +203,15 @@ class _Design:
     def _try_seeds(self, size: int, climb: Climb) -> None:
         seeds, fewest = self.settings.seeds, climb.fewest
         order = sorted(climb.samples, key=lambda exponent: (climb.samples[exponent], exponent))
-        contenders = [exponent for exponent in order if climb.samples[exponent] <= CONTENDS * fewest]
-        smallest = min(contenders)
+        smaller = range(min(climb.samples) - 1, min(climb.samples) - 1 - EXTRA_RATES, -1)
         incumbent = math.inf
-        for exponent in (*contenders, *range(smallest - 1, smallest - 1 - EXTRA_RATES, -1)):
-            if math.isfinite(incumbent) and exponent not in contenders:
-                return
-            most = min(SLACK_OF_SEEDS * fewest, seeds * incumbent)
+        for exponent in (*order, *smaller):
             first = climb.samples.get(exponent)
+            if first is None and incumbent <= LUCKY * fewest:
+                return
+            if first is not None and first > max(CONTENDS * fewest, incumbent):
+                continue
+            most = min(SLACK_OF_SEEDS * fewest, seeds * incumbent)
             if first is None:
                 first = self.asked.trials([self._spec(size, exponent, 0, most)])[0].samples_to_target
             if first is None:

@@ -256,7 +256,7 @@ class _Driver:
         ended = len(study.results)
         expected = max(expected_trials(manifest.settings), ended + len(running))
         left_s = None
-        if self._trial_s:
+        if self._trial_s and ended < expected:
             left_s = (expected - ended) * sum(self._trial_s) / len(self._trial_s) / executor.slots
         best = best_words(manifest.settings, study.results)
         self.progress.update(SweepStage(running=running, ended=ended, expected=expected, best=best, left_s=left_s, news=news))

@@ -123,7 +123,7 @@ class SweepStudy:
         """Take one attempt in; return whether it was running."""
         from optuna.trial import TrialState
 
-        params = trial.params or trial.system_attrs["fixed_params"]
+        params = trial.system_attrs["fixed_params"]  # whole from the first line on, unlike trial.params
         spec = _spec(params)
         known = trial.user_attrs.get(_RESULT)
         if known is not None:

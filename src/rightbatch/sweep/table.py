@@ -19,7 +19,7 @@ def tidy_table(
     train_size: int,
     step_times_s: Mapping[int, float] | None,
 ) -> str:
-    """Return one row a seed at the best rate of each size; where no rate arrived, one row without ``epochs_to_target``.
+    """Return one row a seed at the best rate of each size, without ``epochs_to_target`` where it did not arrive.
 
     Args:
         settings: Of the sweep.
@@ -37,8 +37,11 @@ def tidy_table(
         own = [trial for trial in trials if trial.spec.global_batch_size == size and trial.steps > 0]
         if tuned is not None:
             step_s = tuned.trial_step_s if step_times_s is None else step_times_s[size]
-            for trial, samples in zip(tuned.trials, tuned.samples, strict=True):
-                row = (trial.spec.seed, f"{tuned.lr:.6g}", f"{samples / train_size:.6g}", f"{train_size / size * step_s:.6g}", "")
+            by_seed = {trial.spec.seed: trial for trial in own if trial.spec.lr == tuned.lr} | {t.spec.seed: t for t in tuned.trials}
+            for seed in sorted(by_seed):
+                samples = by_seed[seed].samples_to_target
+                epochs = "" if samples is None else f"{samples / train_size:.6g}"
+                row = (seed, f"{tuned.lr:.6g}", epochs, f"{train_size / size * step_s:.6g}", "")
                 writer.writerow((workload, device, str(settings.target), size, *row))
         elif own:
             step_s = own[0].training_s / own[0].steps if step_times_s is None else step_times_s[size]

@@ -68,6 +68,17 @@ def test_smaller_rates_are_tried_when_the_best_one_fails_on_a_seed():
     assert {result.spec.seed for result in results if result.spec.lr == 0.05 and result.samples_to_target is not None} == {0, 1, 2}
 
 
+def test_where_the_first_seed_was_lucky_other_rates_are_tried_on_all_seeds_too():
+    class Lucky(Law):
+        def samples(self, spec):
+            return super().samples(spec) * (2.0 if spec.lr != 0.1 else 1.0 if spec.seed == 0 else 2.8)
+
+    results = sweep(Lucky(noise=0.0, most_lr=0.25, sharpness=0.1), settings_of(sizes=(64,), first_lr=0.2))
+
+    on_all_seeds = {result.spec.lr for result in results if result.spec.seed == 2 and result.samples_to_target is not None}
+    assert {0.1, 0.2} <= on_all_seeds
+
+
 def test_a_trial_that_cannot_win_is_stopped_before_its_size_has_cost_much():
     law, settings = Law(), settings_of()
 

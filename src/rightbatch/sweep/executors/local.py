@@ -29,8 +29,9 @@ MOST_SIDE_BY_SIDE = 4
 """Trials at once on a processor, unless ``--jobs`` says otherwise: each holds a model and its data."""
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _TEMPLATE_PROGRAM = """\
-import os, pickle, sys
+import ctypes, os, pickle, signal, sys
 from multiprocessing.connection import Connection
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: even while it imports, it ends with its parent
 connection = Connection(int(sys.argv.pop(1)))
 sys.path[:], folder = pickle.loads(connection.recv_bytes())
 if folder is not None:
