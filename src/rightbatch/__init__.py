@@ -11,8 +11,9 @@ from rightbatch._version import __version__
 from rightbatch.errors import RightbatchError, RightbatchWarning
 
 if TYPE_CHECKING:
-    from rightbatch.api import FoundPlan, find
+    from rightbatch.api import FoundPlan, find, train
     from rightbatch.records.plan import BatchPlan, Findings, Goal
+    from rightbatch.training.batch_schedule import DynamicBatch
     from rightbatch.training.loader import BatchLoader
     from rightbatch.training.monitor import NoiseMonitor
     from rightbatch.training.stepper import Stepper
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BatchLoader",
     "BatchPlan",
+    "DynamicBatch",
     "Findings",
     "FoundPlan",
     "Goal",
@@ -31,11 +33,13 @@ __all__ = [
     "Workload",
     "__version__",
     "find",
+    "train",
 ]
 
 _HOMES = {
     "BatchLoader": "rightbatch.training.loader",
     "BatchPlan": "rightbatch.records.plan",
+    "DynamicBatch": "rightbatch.training.batch_schedule",
     "Findings": "rightbatch.records.plan",
     "FoundPlan": "rightbatch.api",
     "Goal": "rightbatch.records.plan",
@@ -43,6 +47,7 @@ _HOMES = {
     "Stepper": "rightbatch.training.stepper",
     "Workload": "rightbatch.workload.ingredients",
     "find": "rightbatch.api",
+    "train": "rightbatch.api",
 }
 
 

@@ -332,12 +332,22 @@ def schema() -> JsonObject:
     from pydantic import BaseModel
     from pydantic.json_schema import models_json_schema
 
-    files: dict[str, type[Record]] = {MANIFEST_FILE: RunManifest, FINDINGS_FILE: Findings}
+    from rightbatch.records.training_log import EvaluationLine, EventLine, StepLine  # deferred: that module builds on this one
+    from rightbatch.records.training_run import LOG_FILE, TRAINING_FILE, TrainingManifest, TrainingResult
+
+    lines: tuple[type[Record], ...] = (StepLine, EvaluationLine, EventLine)
+    files: dict[str, type[Record]] = {
+        MANIFEST_FILE: RunManifest,
+        FINDINGS_FILE: Findings,
+        TRAINING_FILE: TrainingManifest,
+        "train --json": TrainingResult,
+    }
     parts = {f"{name}.json": kind for name, kind in PART_KINDS.items()}
-    every_kind: list[type[BaseModel]] = [*files.values(), PartHeader, *parts.values()]
+    every_kind: list[type[BaseModel]] = [*files.values(), PartHeader, *parts.values(), *lines]
     modes: list[tuple[type[BaseModel], Literal["serialization"]]] = [(kind, "serialization") for kind in every_kind]
     references, definitions = models_json_schema(modes)
     properties: JsonObject = {name: references[kind, "serialization"] for name, kind in files.items()}
+    properties[LOG_FILE] = {"description": "one such object a line", "anyOf": [references[kind, "serialization"] for kind in lines]}
     for name, kind in parts.items():
         data: JsonObject = {"properties": {"data": references[kind, "serialization"]}, "required": ["data"]}
         properties[name] = {"allOf": [{"$ref": "#/$defs/PartFields"}, data]}
@@ -346,7 +356,7 @@ def schema() -> JsonObject:
     header.pop("additionalProperties", None)  # the part's data stands beside these fields
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "Files of a rightbatch run folder; findings.json is also what --json prints",
+        "title": "Files of the folders of rightbatch; findings.json is also what find --json prints",
         "schema_version": SCHEMA_VERSION,
         "type": "object",
         "properties": properties,

@@ -16,6 +16,7 @@ from rightbatch.records.document import ForeignRecordError, read_document, refus
 from rightbatch.records.plan import BatchPlan
 from rightbatch.records.record import SCHEMA_VERSION, Record
 from rightbatch.records.run import LOCK_FILE, MANIFEST_FILE, REPORT_FILE, RunFolder
+from rightbatch.records.schedule import BatchSchedule, ScheduleForecast
 from rightbatch.records.training_log import EvaluationLine, LogLine, TrainingTarget, read_log
 
 TRAINING_FILE = "training.json"
@@ -72,6 +73,10 @@ class TrainingManifest(Record):
     """Where the plan comes from, in words."""
     schedule: str
     """How the batch size changes, in words."""
+    batch_schedule: BatchSchedule | None = None
+    """The same; none keeps the plan's size."""
+    forecast: ScheduleForecast | None = None
+    """What a schedule was predicted to gain; none where nothing was predicted."""
     samples: PositiveInt
     """Samples to train on, over all epochs."""
     samples_per_epoch: PositiveInt
@@ -93,6 +98,7 @@ class TrainingResult(Record):
     plan: BatchPlan
     plan_source: str
     schedule: str
+    forecast: ScheduleForecast | None
     target: TrainingTarget | None
     steps: NonNegativeInt
     samples: NonNegativeInt

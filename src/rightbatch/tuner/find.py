@@ -119,7 +119,7 @@ def _lead(asked: _Asked) -> FoundRun:
         findings = _measure_and_judge(asked, Kept(None, "", {}))
         path = None
     else:
-        path = request.out or RUNS_FOLDER / _folder_name(asked.source, request, asked.ranks.world_size)
+        path = request.out or default_folder(asked.source, request, asked.ranks.world_size)
         folder = RunFolder.create(path, fresh=request.fresh)
         with folder.lock(), folder.removed_if_empty():
             kept = read_kept(folder, asked.source, request, rank_count=asked.ranks.world_size)
@@ -151,12 +151,20 @@ def _share_waiting(ranks: Ranks, waiting: frozenset[Part]) -> frozenset[Part]:
     return frozenset(Part(name) for name in json.loads(shared))
 
 
-def _folder_name(source: Source, request: Request, rank_count: int) -> str:
-    """The same question gets the same folder; another limit, precision, device or number of ranks its own: none spoils another's parts."""
+def default_folder(source: Source, request: Request, rank_count: int = 1) -> Path:
+    """Return the run folder of a question that names none.
+
+    The same question gets the same folder; another limit, precision, device or number of ranks its own: none spoils another's parts.
+
+    Args:
+        source: Where the workload comes from.
+        request: What is asked.
+        rank_count: Processes that ask together.
+    """
     settings: tuple[object, ...] = (request.device, request.precision, request.max_batch, request.limit_bytes)
     if rank_count > 1:
         settings = (*settings, rank_count)
-    return f"{source.name}-{digest(source.spec, *source.arguments, str(settings))[:8]}"
+    return RUNS_FOLDER / f"{source.name}-{digest(source.spec, *source.arguments, str(settings))[:8]}"
 
 
 def _measure_and_judge(asked: _Asked, kept: Kept) -> Findings:
