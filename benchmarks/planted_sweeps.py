@@ -8,7 +8,7 @@ import numpy as np
 from rightbatch.records.measurements import WorkloadSummary
 from rightbatch.records.sweep import SweepSettings, TrialPoint, TrialResult, TrialSpec, TrialStatus
 from rightbatch.records.training_log import TrainingTarget
-from rightbatch.sweep.design import Rule, next_trials
+from rightbatch.sweeps.design import Rule, next_trials
 
 SIZES = tuple(2**power for power in range(3, 10))
 TARGET = TrainingTarget.parse("accuracy>=0.97")

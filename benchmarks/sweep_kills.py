@@ -25,10 +25,12 @@ import optuna
 import psutil
 
 from goals import Goal, exit_code, goal, print_goals
-from planted_sweeps import Law, settings_of, sweep
+from planted_sweeps import SIZES, TARGET, Law, summary, sweep
 from rightbatch import __version__
 from rightbatch.records.sweep import TrialResult
 from rightbatch.records.sweep_folder import JOURNAL_FILE
+from rightbatch.sweeps.request import SweepRequest
+from rightbatch.sweeps.settings import scaling_rule, settings_of
 from sweep_noop import MARK
 
 SCRIPT = Path(__file__).with_name("sweep_noop.py")
@@ -37,15 +39,18 @@ SHARE_WHILE_STARTING, LONGEST_START_S = 0.25, 5.0
 """So many kills come while the driver starts, within so many seconds; the others at a random line of its progress."""
 
 
-def undisturbed(seeds: int) -> dict[str, TrialResult]:
+def undisturbed(options: argparse.Namespace) -> dict[str, TrialResult]:
     """What a sweep that nobody kills comes to, computed without any process."""
-    return {result.spec.model_dump_json(): result for result in sweep(Law(noise=0.1), settings_of(seeds=seeds))}
+    sizes = SIZES[: options.sizes]
+    request = SweepRequest(target=TARGET, sizes=sizes, seeds=options.seeds)
+    settings = settings_of(request, summary(), None, slots=options.jobs)
+    return {result.spec.model_dump_json(): result for result in sweep(Law(noise=0.1), settings, scaling_rule(summary(), None))}
 
 
 def started(out: Path, options: argparse.Namespace) -> subprocess.Popen[str]:
     words = [sys.executable, str(SCRIPT), "--out", str(out), "--wait", str(options.wait), "--jobs", str(options.jobs)]
     return subprocess.Popen(
-        [*words, "--seeds", str(options.seeds)],
+        [*words, "--sizes", str(options.sizes), "--seeds", str(options.seeds)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -144,7 +149,8 @@ def main() -> int:
     parser.add_argument("--wait", type=float, default=0.5, help="seconds that a trial takes")
     parser.add_argument("--lines", type=int, default=12, help="most lines of progress that a driver lives")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--sizes", type=int, default=len(SIZES), help="batch sizes")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings at the best rate of each size")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
     options = parser.parse_args()
@@ -159,7 +165,7 @@ def main() -> int:
 def benchmark(options: argparse.Namespace) -> tuple[list[Goal], dict[str, object]]:
     """Kill, go on, compare; sweep after sweep until the kills are used up."""
     rng = np.random.default_rng(options.seed)
-    expected = undisturbed(options.seeds)
+    expected = undisturbed(options)
     sweeps, lost, missing, changed, twice = 0, 0, 0, 0, 0
     ends: list[float] = []
     start_s = time.monotonic()

@@ -16,9 +16,9 @@ from pathlib import Path
 from planted_sweeps import SIZES, TARGET, Law, summary
 from rightbatch.records.environment import Environment
 from rightbatch.records.sweep import TrialResult
-from rightbatch.sweep.driver import Work, sweep
-from rightbatch.sweep.request import SilentSweep, SweepRequest, SweepStage
-from rightbatch.sweep.tasks import Described, DescribeTask, TrialTask
+from rightbatch.sweeps.driver import Work, sweep
+from rightbatch.sweeps.request import SilentSweep, SweepRequest, SweepStage
+from rightbatch.sweeps.tasks import Described, DescribeTask, TrialTask
 
 MARK = "RIGHTBATCH_NOOP_SWEEP"
 """Variable by which the processes of one such sweep can be told from all others."""

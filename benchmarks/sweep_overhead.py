@@ -23,11 +23,11 @@ from goals import Goal, exit_code, goal, print_goals
 from planted_sweeps import SIZES, TARGET, settings_of
 from rightbatch import __version__
 from rightbatch.records.sweep import TrialSpec
-from rightbatch.sweep.design import expected_trials
-from rightbatch.sweep.driver import sweep
-from rightbatch.sweep.executors import open_executor
-from rightbatch.sweep.request import SweepRequest, SweepStage
-from rightbatch.sweep.tasks import TrialTask, WorkerSetting, run_trial
+from rightbatch.sweeps.design import expected_trials
+from rightbatch.sweeps.driver import sweep
+from rightbatch.sweeps.executors import open_executor
+from rightbatch.sweeps.request import SweepRequest, SweepStage
+from rightbatch.sweeps.tasks import TrialTask, WorkerSetting, run_trial
 from rightbatch.workload.source import WorkloadSource
 from sweep_noop import Nothing, work
 

@@ -349,7 +349,8 @@ def _remarks(settings: SweepSettings, trials: Sequence[TrialResult]) -> tuple[st
     failed = [trial for trial in trials if trial.status is TrialStatus.FAILED]
     if failed:
         sizes = ", ".join(str(size) for size in sorted({trial.spec.global_batch_size for trial in failed}))
-        remarks.append(f"{len(failed)} trials failed at size {sizes}: {failed[0].reason}")
+        count = "one trial" if len(failed) == 1 else f"{len(failed)} trials"
+        remarks.append(f"Failed at size {sizes}, {count}: {failed[0].reason}.")
     if settings.seeds == 1:
         remarks.append("One seed a size: nothing tells how far chance alone moves the samples; --seeds 3 does.")
     return tuple(remarks)

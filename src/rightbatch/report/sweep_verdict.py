@@ -136,7 +136,10 @@ def _critical(result: SweepResult) -> Section | None:
         return None
     sentences = [f"The hyperbola E = E_min (1 + b / B_crit) fits with B_crit {estimate(critical)} and E_min {number(fewest)} samples."]
     if critical.status is Status.AT_LEAST:
-        sentences = [f"Samples hardly grow up to the largest size: B_crit is at least {number(critical.low or 0.0)}. Sweep larger sizes."]
+        sentences = [
+            f"The sizes bound the B_crit of the hyperbola from below only, at {number(critical.low or 0.0)}: larger sizes, or more seeds, "
+            "would tell more."
+        ]
     if result.fit_error is not None and len(result.points) > 2:
         sentences.append(f"Sizes lie {percent(result.fit_error)} from it on average.")
     if result.robust_critical_size.value is not None:
@@ -243,4 +246,5 @@ def _cost(result: SweepResult) -> Section:
         f"They trained on {number(result.samples_trained)} samples, {_share(result)} of the {number(result.grid_samples)} that all sizes "
         "with all rates tried anywhere and all seeds would have taken, were no rate worse than the best."
     )
-    return Section(key="cost", title="Cost", sentences=(f"{total} trials: {endings}.", grid, *result.remarks), tables=(table,))
+    sentences = (f"{total} trials: {endings}.", *([grid] if result.best_size is not None else []), *result.remarks)
+    return Section(key="cost", title="Cost", sentences=sentences, tables=(table,))

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from rightbatch.records.training_log import TrainingTarget
-from rightbatch.sweep.crossing import COARSE_RATIO, FINE_RATIO, HOLD, Course
+from rightbatch.sweeps.crossing import COARSE_RATIO, FINE_RATIO, HOLD, Course
 
 ACCURACY = TrainingTarget.parse("accuracy>=0.9")
 LOSS = TrainingTarget.parse("loss<=0.5")
@@ -16,13 +16,13 @@ def course_of(values, *, target=ACCURACY, most_samples=100_000, epoch=100, every
     return course
 
 
-def follow(law, *, target=ACCURACY, most_samples=100_000, epoch=1000):
+def follow(law, *, target=ACCURACY, most_samples=100_000, epoch=1000, batch=1):
     """Evaluate a law of samples whenever an evaluation is due, until the course ends."""
     course = Course(target, epoch_samples=epoch, most_samples=most_samples)
     samples = 0
     while samples < most_samples and course.crossing is None and not course.is_flat:
         samples = min(math.ceil(course.due), most_samples)
-        course.add(samples, samples, samples * 0.001, law(samples))
+        course.add(samples, samples // batch, samples * 0.001, law(samples))
     return course
 
 
@@ -81,6 +81,12 @@ def test_a_training_that_still_gains_is_not_given_up():
     course = follow(lambda samples: 0.95 - 0.6 * (samples / 1000) ** -0.5, most_samples=1_000_000)
 
     assert course.crossing is not None
+
+
+def test_the_first_tens_of_steps_are_not_judged():
+    course = follow(lambda samples: 0.8 - 0.5 * math.exp(-samples / 3000), batch=512, most_samples=60_000)
+
+    assert course.evaluations[-1].samples == 60_000
 
 
 def test_a_training_that_stays_at_chance_runs_to_its_limit():

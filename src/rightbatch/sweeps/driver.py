@@ -20,16 +20,16 @@ from rightbatch.fits.sweep import fit_sweep, step_times_alone
 from rightbatch.records.plan import Findings
 from rightbatch.records.sweep import SweepManifest, SweepResult, TrialResult, TrialSpec, TrialStatus
 from rightbatch.records.sweep_folder import SweepFolder
-from rightbatch.sweep import executors, tasks
-from rightbatch.sweep.design import Rule, expected_trials, next_trials
-from rightbatch.sweep.executors import Executor
-from rightbatch.sweep.known import RUNS_FOLDER, known_findings
-from rightbatch.sweep.request import Source, SweepProgress, SweepRequest, SweepStage, SweptRun
-from rightbatch.sweep.settings import digest_of, scaling_rule, settings_of
-from rightbatch.sweep.study import KILLED, Attempt, SweepStudy
-from rightbatch.sweep.table import tidy_table
-from rightbatch.sweep.tasks import Described, DescribeTask, TrialTask, WorkerSetting
-from rightbatch.sweep.words import best_words, cost_words, ended_words, killed_words
+from rightbatch.sweeps import executors, tasks
+from rightbatch.sweeps.design import Rule, expected_trials, next_trials
+from rightbatch.sweeps.executors import Executor
+from rightbatch.sweeps.known import RUNS_FOLDER, known_findings
+from rightbatch.sweeps.request import Source, SweepProgress, SweepRequest, SweepStage, SweptRun
+from rightbatch.sweeps.settings import digest_of, scaling_rule, settings_of
+from rightbatch.sweeps.study import KILLED, Attempt, SweepStudy
+from rightbatch.sweeps.table import tidy_table
+from rightbatch.sweeps.tasks import Described, DescribeTask, TrialTask, WorkerSetting
+from rightbatch.sweeps.words import best_words, cost_words, ended_words, killed_words
 
 MOST_KILLS = 2
 """A trial whose process was killed so often has failed."""

@@ -5,7 +5,7 @@ import pytest
 
 from planted_sweeps import SIZES, Law, linear_below, settings_of, sweep
 from rightbatch.records.sweep import TrialSpec, TrialStatus
-from rightbatch.sweep.design import SLACK_OF_NEIGHBOUR, expected_trials, next_trials
+from rightbatch.sweeps.design import SLACK_OF_NEIGHBOUR, expected_trials, next_trials
 
 
 def specs(results):

@@ -15,8 +15,8 @@ NEAR = 0.15
 """Near: the metric is within this fraction of the target."""
 PATIENCE = 2.0
 """A trial is given up when even gaining so many times faster than over the last doubling would not bring it to the target in time."""
-FEWEST_EPOCHS = 4.0
-"""Before so many epochs nothing is given up."""
+FEWEST_EPOCHS, FEWEST_STEPS = 4.0, 200
+"""Before so many epochs and steps nothing is given up: with momentum the first tens of steps overshoot and come back."""
 FEWEST_PROGRESS = 0.5
 """Nor before so large a share of the way to the target: plateaus at the start end, and what is learnt late is learnt."""
 
@@ -104,9 +104,11 @@ class Course:
         Near its asymptote a training gains less over every further doubling of samples. Once it does, the gain g over the last doubling
         bounds what is to come: a distance d to the target takes d / g doublings more at least. ``PATIENCE`` is the doubt left in that.
         """
-        if not self.evaluations or self.evaluations[-1].samples < FEWEST_EPOCHS * self._epoch_samples:
+        if not self.evaluations:
             return False
         last = self.evaluations[-1]
+        if last.samples < FEWEST_EPOCHS * self._epoch_samples or last.steps < FEWEST_STEPS:
+            return False
         before, earlier = self._at(last.samples / 2), self._at(last.samples / 4)
         if before is None or earlier is None or last.samples >= self._most_samples:
             return False

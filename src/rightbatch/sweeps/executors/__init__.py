@@ -13,7 +13,7 @@ P = TypeVar("P")
 R = TypeVar("R")
 
 _WHERE = re.compile(r"([a-z]+)(?::(.+))?")
-HOMES = {"local": "rightbatch.sweep.executors.local"}
+HOMES = {"local": "rightbatch.sweeps.executors.local"}
 """The module of each executor, with a function ``open_executor(setting)``."""
 _PLANNED = {"ray": "Ray", "slurm": "SLURM"}
 

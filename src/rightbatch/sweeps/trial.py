@@ -9,8 +9,8 @@ from rightbatch.engine.rig import Rig, build_rig
 from rightbatch.errors import UserCodeError
 from rightbatch.records.plan import BatchPlan
 from rightbatch.records.sweep import TrialPoint, TrialResult, TrialStatus
-from rightbatch.sweep.crossing import HOLD, Course
-from rightbatch.sweep.tasks import Described, DescribeTask, TrialTask, WorkerSetting
+from rightbatch.sweeps.crossing import HOLD, Course
+from rightbatch.sweeps.tasks import Described, DescribeTask, TrialTask, WorkerSetting
 from rightbatch.training.assembly import Parts, assemble
 from rightbatch.training.evaluation import check_target
 from rightbatch.training.loop import Stopwatch

@@ -9,8 +9,8 @@ from rightbatch.fits.lr_scaling import couple_lr, saturation_size
 from rightbatch.records.measurements import WorkloadSummary
 from rightbatch.records.plan import BatchPlan, Findings
 from rightbatch.records.sweep import SweepSettings
-from rightbatch.sweep.design import Rule
-from rightbatch.sweep.request import MOST_EPOCHS, SweepRequest
+from rightbatch.sweeps.design import Rule
+from rightbatch.sweeps.request import MOST_EPOCHS, SweepRequest
 
 AROUND = 3
 """Doublings above and below the plan's size that are swept where no sizes are named."""

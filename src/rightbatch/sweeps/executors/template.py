@@ -15,31 +15,32 @@ from typing import NoReturn
 import cloudpickle
 import torch
 
-import rightbatch.sweep.trial  # noqa: F401  # imported once, for all trials
+import rightbatch.sweeps.trial  # noqa: F401  # imported once, for all trials
 from rightbatch.engine.child import end_with_the_parent, volunteer_for_the_oom_killer
 from rightbatch.engine.in_process import users_errors
 from rightbatch.errors import RightbatchError
+from rightbatch.sweeps.executors.local import IMPORT
 
-_WITH_THE_FIRST_OPTIMIZER = "torch._dynamo"
-"""What torch imports when the first optimizer is built, which takes as long as torch itself."""
 _DEEPEST = 2
 """Dots and one of the names of modules that are told: packages import what lies below themselves."""
 
 
 def serve(connection: Connection) -> NoReturn:
-    """Import what the parent names, then fork a process for every socket that it sends, until it hangs up."""
-    modules = cloudpickle.loads(connection.recv_bytes())
-    connection.send_bytes(cloudpickle.dumps(_import_all((_WITH_THE_FIRST_OPTIMIZER, *modules))))
+    """Do what the parent asks for, until it hangs up."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers are not waited for
     gc.collect()
     gc.freeze()  # what is imported stays shared between all processes
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers are not waited for
-    with socket.socket(fileno=connection.fileno()) as channel:
+    with socket.socket(fileno=os.dup(connection.fileno())) as channel:
         while True:
-            _, descriptors, _, _ = socket.recv_fds(channel, 1, 1)
-            if not descriptors:
+            asked, descriptors, _, _ = socket.recv_fds(channel, 1, 1)
+            if not asked:
                 os._exit(0)
+            if asked == IMPORT:
+                connection.send_bytes(cloudpickle.dumps(_import_all(cloudpickle.loads(connection.recv_bytes()))))
+                continue
             if os.fork() == 0:
                 channel.close()
+                connection.close()
                 _keep(descriptors[0])
             os.close(descriptors[0])
 
@@ -49,6 +50,8 @@ def _import_all(modules: Iterable[str]) -> bool:
     for name in modules:
         with contextlib.suppress(Exception):  # whatever a package raises, the trial that needs it will meet again
             importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
     return len(os.listdir("/proc/self/task")) == 1 and not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # noqa: PTH208
 
 
@@ -57,8 +60,7 @@ def _imported_since(before: frozenset[str]) -> tuple[str, ...]:
     found = []
     for name, module in tuple(sys.modules.items()):
         place = getattr(module, "__file__", None) or ""
-        is_installed = "site-packages" in place or "dist-packages" in place
-        if name not in before and is_installed and name.count(".") < _DEEPEST and "._" not in name:
+        if name not in before and name.count(".") < _DEEPEST and ("site-packages" in place or "dist-packages" in place):
             found.append(name)
     return tuple(found)
 

@@ -21,9 +21,9 @@ from rightbatch.errors import (
 )
 from rightbatch.records.sweep import TrialStatus
 from rightbatch.records.sweep_folder import SweepFolder
-from rightbatch.sweep.driver import Work, sweep
-from rightbatch.sweep.request import SweepRequest
-from rightbatch.sweep.study import SweepStudy
+from rightbatch.sweeps.driver import Work, sweep
+from rightbatch.sweeps.request import SweepRequest
+from rightbatch.sweeps.study import SweepStudy
 from sweep_noop import Nothing, describe
 
 
@@ -182,7 +182,7 @@ def test_a_trial_whose_process_is_killed_twice_has_failed_and_that_is_said(tmp_p
     failed = [trial for trial in found.trials if trial.status is TrialStatus.FAILED]
     assert {trial.spec.global_batch_size for trial in failed} == {256}
     assert any("failed: its process was killed (SIGKILL), twice" in line for line in heard.news)
-    assert any("trials failed at size 256" in remark for remark in found.result.remarks)
+    assert any("Failed at size 256" in remark for remark in found.result.remarks)
     assert next(point for point in found.result.points if point.global_batch_size == 256).status == "never"
 
 

@@ -3,9 +3,9 @@ import pytest
 from findings_samples import good
 from planted_sweeps import TARGET, summary
 from rightbatch.errors import ClusterError, UsageError
-from rightbatch.sweep.executors import parse_where
-from rightbatch.sweep.request import SweepRequest, parse_sizes
-from rightbatch.sweep.settings import digest_of, scaling_rule, settings_of
+from rightbatch.sweeps.executors import parse_where
+from rightbatch.sweeps.request import SweepRequest, parse_sizes
+from rightbatch.sweeps.settings import digest_of, scaling_rule, settings_of
 
 
 def request_of(**changes):

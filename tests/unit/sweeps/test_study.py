@@ -9,7 +9,7 @@ from planted_sweeps import Law
 from rightbatch.errors import RunFolderError
 from rightbatch.records.sweep import TrialResult, TrialSpec, TrialStatus
 from rightbatch.records.sweep_folder import JOURNAL_FILE
-from rightbatch.sweep.study import KILLED, SweepStudy
+from rightbatch.sweeps.study import KILLED, SweepStudy
 
 
 def spec_of(seed=0, size=64):

@@ -1,8 +1,8 @@
 """Trials in processes of their own on this machine: one a GPU, or side by side on the processor's cores.
 
 Every trial gets a fresh process, which starts at once: it is forked from a template that has imported torch and computed nothing. Once the
-first process has told which installed packages the workload imports, a second template that has imported them too takes over, if importing
-them started no thread. None of the user's own code runs in a template. The processes end with this one, whatever ends this one.
+first process has told which installed packages the workload imports, the template imports them too; if that started a thread, another one
+takes its place. None of the user's own code runs in a template. The processes end with this one, whatever ends this one.
 """
 
 import contextlib
@@ -20,13 +20,15 @@ import cloudpickle
 
 from rightbatch.engine.isolation import CRASHES, place_of_this_process, spawned
 from rightbatch.errors import IsolationError, RightbatchError, UserCodeError, WorkerKilledError
-from rightbatch.sweep.executors import ExecutorSetting
+from rightbatch.sweeps.executors import ExecutorSetting
 
 P = TypeVar("P")
 R = TypeVar("R")
 
 MOST_SIDE_BY_SIDE = 4
 """Trials at once on a processor, unless ``--jobs`` says otherwise: each holds a model and its data."""
+FORK, IMPORT = b"f", b"i"
+"""What the template may be asked for: a process for the socket that comes along, or to import the modules that follow."""
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _TEMPLATE_PROGRAM = """\
 import ctypes, os, pickle, signal, sys
@@ -36,7 +38,7 @@ connection = Connection(int(sys.argv.pop(1)))
 sys.path[:], folder = pickle.loads(connection.recv_bytes())
 if folder is not None:
     os.chdir(folder)
-from rightbatch.sweep.executors.template import serve
+from rightbatch.sweeps.executors.template import serve
 serve(connection)
 """
 
@@ -83,7 +85,7 @@ class LocalExecutor:
         self._lock = threading.Lock()
         self._live: set[socket.socket] = set()
         self._is_closed = False
-        self._template = _Template(())
+        self._template = _Template()
         self._has_learnt = False
         self._pool = ThreadPoolExecutor(len(slots), thread_name_prefix="rightbatch-trial")
 
@@ -118,50 +120,56 @@ class LocalExecutor:
             self._free.put(slot)
 
     def _learn(self, modules: tuple[str, ...]) -> None:
-        """Let a template take over that has imported these modules; once, and only if it can still be forked then."""
+        """Let the template import these modules; once, and without them again if it could not be forked any more."""
         with self._lock:
             if self._has_learnt or self._is_closed or not modules:
                 return
             self._has_learnt = True
-            learnt = _Template(modules)
-            if not learnt.may_fork:
-                learnt.close()
-                return
-            self._template.close()
-            self._template = learnt
+            if not self._template.learn(modules):
+                self._template.close()
+                self._template = _Template()
 
 
 class _Template:
     """The process from which those of trials are forked; started again when it was killed.
 
-    Args:
-        modules: To import, beside torch.
-
     Raises:
         IsolationError: It cannot be started.
     """
 
-    def __init__(self, modules: tuple[str, ...]) -> None:
-        self._modules = modules
+    def __init__(self) -> None:
         self._start()
 
     def _start(self) -> None:
         try:
             self._process, self._connection = spawned(_TEMPLATE_PROGRAM, os.environ)
             self._connection.send_bytes(place_of_this_process())
-            self._connection.send_bytes(cloudpickle.dumps(self._modules))
-            self.may_fork: bool = cloudpickle.loads(self._connection.recv_bytes())
-        except (OSError, EOFError) as error:
-            reason = getattr(error, "strerror", None) or "it ended at its start; its last words are above"
+        except OSError as error:
+            reason = error.strerror or error
             raise IsolationError(f"a process for trials must be startable; got: {reason}; free some processes or memory.") from error
+
+    def learn(self, modules: tuple[str, ...]) -> bool:
+        """Let it import modules; return whether it may still be forked then."""
+        try:
+            self._send(IMPORT)
+            self._connection.send_bytes(cloudpickle.dumps(modules))
+            return bool(cloudpickle.loads(self._connection.recv_bytes()))
+        except (OSError, EOFError):
+            return False
 
     def hand_over(self, theirs: socket.socket) -> None:
         """Let it fork a process that answers on this socket."""
         if self._process.poll() is not None:
             self._connection.close()
             self._start()
+        self._send(FORK, theirs)
+
+    def _send(self, asked: bytes, *sockets: socket.socket) -> None:
         with socket.socket(fileno=os.dup(self._connection.fileno())) as channel:
-            socket.send_fds(channel, [b"."], [theirs.fileno()])
+            if sockets:
+                socket.send_fds(channel, [asked], [own.fileno() for own in sockets])
+            else:
+                channel.sendall(asked)
 
     def close(self) -> None:
         """End it; the processes that it forked go on."""

@@ -5,7 +5,7 @@ import pytest
 
 from planted_sweeps import SIZES, Law, settings_of, step_time_s, sweep
 from replay_traces import read_zeus
-from rightbatch.sweep.table import HEADER, tidy_table
+from rightbatch.sweeps.table import HEADER, tidy_table
 
 
 def table(law, settings, step_times=None):

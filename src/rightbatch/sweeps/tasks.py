@@ -75,14 +75,14 @@ class TrialTask:
 
 
 def describe(task: DescribeTask) -> Described:
-    """Say what the workload is; see ``sweep.trial.describe``."""
-    from rightbatch.sweep import trial
+    """Say what the workload is; see ``sweeps.trial.describe``."""
+    from rightbatch.sweeps import trial
 
     return trial.describe(task)
 
 
 def run_trial(task: TrialTask) -> TrialResult:
-    """Run a trial; see ``sweep.trial.run_trial``."""
-    from rightbatch.sweep import trial
+    """Run a trial; see ``sweeps.trial.run_trial``."""
+    from rightbatch.sweeps import trial
 
     return trial.run_trial(task)

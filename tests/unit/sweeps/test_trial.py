@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 from rightbatch.errors import UserCodeError, WorkloadError
 from rightbatch.records.sweep import TrialSpec, TrialStatus
 from rightbatch.records.training_log import TrainingTarget
-from rightbatch.sweep.tasks import DescribeTask, TrialTask, WorkerSetting, describe, run_trial
+from rightbatch.sweeps.tasks import DescribeTask, TrialTask, WorkerSetting, describe, run_trial
 from rightbatch.workload.ingredients import Workload
 
 TARGET = TrainingTarget.parse("accuracy>=0.9")
