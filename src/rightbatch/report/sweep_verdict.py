@@ -108,9 +108,9 @@ def _share(result: SweepResult) -> str:
 
 def _sizes(result: SweepResult) -> Section:
     clock = (
-        "Seconds are steps times the step time that `find` measured alone."
+        "Seconds are steps times the step time that find measured alone."
         if result.time_source == "alone"
-        else "Seconds are those of trials that ran side by side and shared the machine; after `rightbatch find` of the same workload, a "
+        else "Seconds are those of trials that ran side by side and shared the machine; after rightbatch find of the same workload, a "
         "repeated sweep command takes step times that were measured alone."
     )
     rows = tuple(
@@ -229,7 +229,7 @@ def _plan(result: SweepResult) -> Section | None:
         else (f" [{signed_percent(plan.regret.low)}, {signed_percent(plan.regret.high)}]")
     )
     sentences = [
-        f"`find` recommended batch {plan.global_batch_size}{between}: {signed_percent(plan.regret.value)}{interval} time to the target."
+        f"The plan of find is batch {plan.global_batch_size}{between}: {signed_percent(plan.regret.value)}{interval} time to the target."
     ]
     if plan.lr is not None and plan.lr_over_best is not None:
         sentences.append(f"Its learning rate, {number(plan.lr)}, is {number(plan.lr_over_best)} times the tuned one.")

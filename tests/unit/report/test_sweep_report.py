@@ -81,7 +81,7 @@ def test_whether_seconds_were_measured_alone_is_said() -> None:
 def test_the_plan_is_judged_by_its_regret_and_its_rate() -> None:
     first, second = section(samples.good(), "practice").sentences
 
-    assert first.startswith("`find` recommended batch 96, between two sizes that were trained: ")
+    assert first.startswith("The plan of find is batch 96, between two sizes that were trained: ")
     assert "times the tuned one" in second
 
 
