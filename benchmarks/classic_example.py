@@ -1,6 +1,6 @@
 """The classic example to a stated accuracy, four ways: 128, find's plan, accumulation 4 x 128 = 512, and a batch that follows the noise.
 
-Run: python benchmarks/classic_example.py --data DIR [--target 0.6] [--train 20000] [--valid 2000] [--width 32] [--seeds 3]
+Run: python benchmarks/classic_example.py --data DIR [--target 0.55] [--train 20000] [--valid 2000] [--width 16] [--seeds 3]
      [--epochs 12] [--budget 60s] [--threads N] [--json]
 
 DIR holds CIFAR-10 in one of the forms that examples/cifar10.py reads, or `cifar10_jpeg.npz`, in which images are JPEGs of the originals.
@@ -31,6 +31,7 @@ from torch import Tensor
 import rightbatch as rb
 from goals import exit_code, goal, print_goals
 from monitor_overhead import CIFAR10
+from rightbatch.api import Training
 from rightbatch.engine.meters import meters_for
 from rightbatch.engine.rig import Rig
 from rightbatch.errors import UsageError
@@ -99,7 +100,7 @@ def ways_of(findings: Findings, lr: float, total_samples: int) -> list[Way]:
     ]
 
 
-def trained(given: rb.Workload, way: Way, seed: int, options: argparse.Namespace) -> rb.Training:
+def trained(given: rb.Workload, way: Way, seed: int, options: argparse.Namespace) -> Training:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", rb.RightbatchWarning)  # a missed target is a row of the table
         return rb.train(
@@ -141,7 +142,7 @@ def _split(size: int, micro: int) -> BatchPlan:
     return BatchPlan(global_batch_size=size, micro_batch_size=size // steps, accumulation_steps=steps)
 
 
-def sizes_of(runs: dict[str, list[rb.Training]]) -> list[int]:
+def sizes_of(runs: dict[str, list[Training]]) -> list[int]:
     """Sizes to time: all that were trained with, thinned to a few between the smallest and the largest."""
     trained_with = sorted({size for of_way in runs.values() for run in of_way for _, size in run.batch_sizes})
     if len(trained_with) <= MOST_SIZES:
@@ -150,7 +151,7 @@ def sizes_of(runs: dict[str, list[rb.Training]]) -> list[int]:
     return sorted({trained_with[place] for place in places} | {runs[name][0].plan.global_batch_size for name in runs})
 
 
-def row_of(runs: list[rb.Training], seconds_by_size: dict[int, float]) -> dict[str, object]:
+def row_of(runs: list[Training], seconds_by_size: dict[int, float]) -> dict[str, object]:
     """What a way's seeds came to: medians and ranges."""
     known = [PredictedStep(global_batch_size=size, step_time_s=seconds) for size, seconds in seconds_by_size.items()]
     composed = [predicted_seconds([line for line in run.log if isinstance(line, StepLine)], known) for run in runs]
@@ -213,10 +214,10 @@ def data_of(path: Path) -> str:
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with CIFAR-10")
-    parser.add_argument("--target", type=float, default=0.6, help="accuracy on the validation images")
+    parser.add_argument("--target", type=float, default=0.55, help="accuracy on the validation images")
     parser.add_argument("--train", type=int, default=20_000, help="training images")
     parser.add_argument("--valid", type=int, default=2_000, help="validation images")
-    parser.add_argument("--width", type=int, default=32, help="of the example's network")
+    parser.add_argument("--width", type=int, default=16, help="of the example's network")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=float, default=12, help="most epochs of a training")
     parser.add_argument("--evaluate-every", type=int, default=4_000, help="samples between evaluations")
@@ -247,7 +248,7 @@ def main() -> int:
         sys.exit(f"find measured too little for a batch that follows the noise: {error} Give a larger --budget.")
     forecast = forecast_schedule(found.findings, ways[-1].schedule, total)
     say(str(found).splitlines()[0] + "\n" + "\n".join(f"forecast of following the noise: {reason}" for reason in forecast.reasons))
-    runs: dict[str, list[rb.Training]] = {way.name: [] for way in ways}
+    runs: dict[str, list[Training]] = {way.name: [] for way in ways}
     for seed in range(options.seeds):  # the ways in turn, so that a slow hour of the machine is shared
         for way in ways:
             run = trained(given, way, seed, options)

@@ -278,6 +278,7 @@ def train(
             target=TrainingTarget.parse(target) if isinstance(target, str) else target,
             schedule=followed.schedule,
             schedule_words=followed.words,
+            schedule_asked=followed.asked,
             forecast=followed.forecast,
             predicted_steps=chosen.predicted_steps,
             noise_every=noise_every,

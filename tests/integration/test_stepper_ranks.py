@@ -19,6 +19,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import rightbatch as rb
 from rightbatch.records.plan import BatchPlan
@@ -48,6 +50,38 @@ class Trap(nn.Module):
             if self.armed[1] < 0:
                 self.armed = self.armed if self.armed[2] else None
                 raise torch.OutOfMemoryError("CUDA out of memory. A trap")
+
+
+class AtOperation(TorchDispatchMode):
+    """Runs out of memory at the k-th operation that makes a tensor."""
+
+    def __init__(self, k):
+        super().__init__()
+        self.left = k
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in given]
+        if made:
+            self.left -= 1
+            if self.left == -1:
+                raise torch.OutOfMemoryError("CUDA out of memory. At an operation")
+        return result
+
+
+def fail_at_operation(stepper, k):
+    """Let the first attempt of the next step fail at its k-th operation."""
+    attempt, mode = stepper._backward._attempt, AtOperation(k)
+
+    def watched(work):
+        def run():
+            with mode:
+                work()
+        return attempt(run)
+
+    stepper._backward._attempt = watched
+    return mode
 
 
 def net(batch_norm=False):
@@ -98,7 +132,13 @@ def train(case):
         share = slice(0, first) if rank == 0 else slice(first, None)
         if step == 1 and case.get("fails") == rank:
             model[case["trap"]].armed = [case["place"], case["pass"], case.get("always", False)]
-        outcome = stepper((inputs[share], target[share]), samples=all_samples)
+        mode = None
+        if step == 1 and case.get("operation") is not None and rank == 1:
+            mode = fail_at_operation(stepper, case["operation"])
+        stepper((inputs[share], target[share]), samples=all_samples)
+        if mode is not None:
+            del stepper._backward._attempt
+            assert mode.left < 0, "the operation was not met"
         assert not any(isinstance(m, Trap) and m.armed for m in model), "the trap was not met"
         sizes.append(stepper.micro_batch_size)
         oracle.zero_grad()
@@ -175,6 +215,10 @@ FAILING = {
     "batch norm": failing(0, "backward", 4, 1, batch_norm=True),
 }
 """Micro-batch 1 is the last one: its backward pass has sent some buckets off already when it fails at trap 4 or 1."""
+OPERATIONS = {
+    f"operation {k}": {"loss": "mean", "optimizer": "SGD", "ignored": 0.3, "batches": WHOLE[:3], "operation": k} for k in range(0, 45, 4)
+}
+"""Of those that make a tensor in the forward and backward passes of rank 1's second step."""
 HOPELESS = {"hopeless": failing(1, "backward", 4, 1, always=True)}
 
 pytestmark = pytest.mark.slow
@@ -201,7 +245,7 @@ def run(folder: Path, cases: dict[str, object], name: str) -> tuple[dict[str, di
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, dict], dict[str, dict]]:
     """What each rank wrote, by case."""
-    return run(tmp_path_factory.mktemp("ranks"), EXACT | FAILING, "cases")
+    return run(tmp_path_factory.mktemp("ranks"), EXACT | FAILING | OPERATIONS, "cases")
 
 
 @pytest.mark.parametrize("case", EXACT)
@@ -221,6 +265,14 @@ def test_a_rank_that_runs_out_of_memory_changes_nothing_but_the_size(measured: t
     before, after = measured[1 - failed][case]["sizes"], measured[failed][case]["sizes"]
     assert before[:4] == [8, 8, 8, 8]
     assert before[4] == after[4] == after[1] < 8
+
+
+@pytest.mark.parametrize("case", OPERATIONS)
+def test_whichever_operation_runs_out_of_memory_the_weights_are_those_of_one_process(measured: tuple[dict, dict], case: str) -> None:
+    for rank in measured:
+        assert rank[case]["off"] < 1e-10
+        assert rank[case]["ranks_off"] == 0
+    assert measured[1][case]["sizes"][1] < 8
 
 
 def test_statistics_of_batch_norm_stay_the_same_on_all_ranks(measured: tuple[dict, dict]) -> None:

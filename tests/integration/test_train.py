@@ -137,6 +137,21 @@ def test_a_dynamic_batch_is_forecast_first_and_not_used_where_it_is_not_worth_it
     assert "Training keeps the plan's size." in ended.err or "Training follows noise:" in ended.err
 
 
+def test_a_training_goes_on_as_it_began_although_its_run_was_measured_again(here: Run, training: Path) -> None:
+    RunFolder.create(Path("found")).write_findings(findings_samples.good())
+    manifest_of(Path("found"))
+    words = ("train", "train.py:trained", "--threads", "1", "--quiet", "--plan", "found", "--schedule", "geometric", "--out", "run")
+    assert here(*words, "--epochs", "1").code == 0
+    RunFolder(Path("found")).write_findings(findings_samples.unstable())
+
+    resumed = here(*words, "--epochs", "2", "--resume", "--json")
+
+    assert (resumed.code, json.loads(resumed.out)["samples"]) == (0, 1200)
+    assert json.loads(resumed.out)["plan"]["global_batch_size"] == 512
+    refused = here(*words[:-4], "--schedule", "64", "--out", "run", "--epochs", "3", "--resume")
+    assert (refused.code, "a training goes on as it began, this one with geometric; got 64" in refused.err) == (2, True)
+
+
 def test_a_schedule_changes_the_size_and_the_rate_with_it(here: Run, training: Path) -> None:
     assert here("train", "train.py:trained", *QUICK, "--schedule", "milestones:0=64,300=16", "--out", "run").code == 0
 
@@ -198,7 +213,8 @@ def test_a_finished_training_says_so_and_prints_its_answer_again(here: Run, trai
 
 
 def test_resume_needs_no_other_option(here: Run, training: Path) -> None:
-    assert here("train", "train.py:trained", *QUICK, "--plan", "32", "--schedule", "geometric:8..64@600", "--out", "run").code == 0
+    options = ("--plan", "32", "--schedule", "geometric:8..64@600", "--seed", "7", "--evaluate-every", "300", "--precision", "fp64")
+    assert here("train", "train.py:trained", *QUICK, *options, "--out", "run").code == 0
 
     again = here("train", "train.py:trained", "--resume", "--out", "run", "--threads", "1", "--quiet")
 

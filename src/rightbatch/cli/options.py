@@ -176,7 +176,7 @@ class TrainOptions:
     schedule: Annotated[str | None, Parameter(metavar="SPEC")] = None
     """How the batch size changes with the samples: geometric:64..512@200000, milestones:0=64,100000=256, ..."""
     resume: Flag = False
-    """Go on from the last checkpoint in the folder."""
+    """Go on from the last checkpoint in the folder; what is not said again is as it was."""
     fresh: Flag = False
     """Start again in a folder that holds a training."""
     out: Path | None = None
@@ -191,8 +191,8 @@ class TrainOptions:
     """Where to train: auto (an accelerator if there is one), cpu, cuda, cuda:1, mps."""
     precision: Literal["fp32", "bf16", "fp16", "fp64"] | None = None
     """Overrides the plan's and the workload's own precision."""
-    seed: NotNegative = 0
-    """Seed of everything that is drawn."""
+    seed: NotNegative | None = None
+    """Seed of everything that is drawn; without it, 0."""
     threads: Positive | None = None
     """Threads torch computes with; without it, torch's default."""
     config: Path | None = None

@@ -78,6 +78,13 @@ class _Asked:
             return None
         return TrainingFolder.open(self.out).read_manifest()
 
+    @property
+    def seed(self) -> int:
+        """The seed that is asked for, else that of the session that goes on."""
+        if self.wanted.seed is not None:
+            return self.wanted.seed
+        return 0 if self.earlier is None else self.earlier.seed
+
     def plan_before_loading(self) -> "ChosenPlan | None":
         """Return the plan as far as it is known without the workload; wrong options end here, before torch is loaded."""
         from rightbatch.training import choices
@@ -118,7 +125,7 @@ class _Asked:
         wanted = self.wanted
         precision = chosen.plan.precision if wanted.precision is None and chosen is not None and chosen.has_precision else wanted.precision
         load = self.source.load
-        return build_rig(load, device=local_device(wanted.device), precision=precision, threads=wanted.threads, seed=wanted.seed)  # type: ignore[arg-type]  # load checks what it returns
+        return build_rig(load, device=local_device(wanted.device), precision=precision, threads=wanted.threads, seed=self.seed)  # type: ignore[arg-type]  # load checks what it returns
 
     def request(self, rig: "Rig", chosen: "ChosenPlan | None", *, quiet: bool) -> "TrainingRequest":
         """Return the whole request; say which plan it is, and what a schedule is forecast to gain."""
@@ -129,8 +136,9 @@ class _Asked:
         wanted, earlier = self.wanted, self.earlier
         if chosen is None:
             chosen = choices.plan_of_workload(rig.workload.lr_batch_size)
-        goes_on = earlier is not None and wanted.epochs is None and wanted.samples is None
-        samples = earlier.samples if earlier is not None and goes_on else wanted.samples
+        samples = wanted.samples
+        if earlier is not None and wanted.epochs is None and samples is None:
+            samples = earlier.samples
         total = samples if samples is not None else max(1, round((wanted.epochs or 0.0) * rig.train_size))
         target = None if wanted.target is None else TrainingTarget.parse(wanted.target)
         schedule = self._schedule(rig, chosen, earlier, total)
@@ -144,14 +152,15 @@ class _Asked:
             target=earlier.target if earlier is not None and target is None else target,
             schedule=schedule.schedule,
             schedule_words=schedule.words,
+            schedule_asked=schedule.asked,
             forecast=schedule.forecast,
             predicted_steps=chosen.predicted_steps or (earlier.predicted_steps if earlier is not None else ()),
-            noise_every=wanted.noise_every,
+            noise_every=earlier.noise_every if earlier is not None and wanted.noise_every is None else wanted.noise_every,
             out=self.out,
             resume=wanted.resume,
             fresh=wanted.fresh,
             checkpoint_every_s=wanted.checkpoint_every,
-            evaluate_every=wanted.evaluate_every,
+            evaluate_every=earlier.evaluate_every if earlier is not None and wanted.evaluate_every is None else wanted.evaluate_every,
             command=self.repeat,
         )
 
@@ -159,8 +168,8 @@ class _Asked:
         from rightbatch.training import choices
 
         wanted = self.wanted
-        if earlier is not None and wanted.schedule is None:
-            return choices.earlier_schedule(earlier, is_dynamic=wanted.dynamic)
+        if earlier is not None:
+            return choices.earlier_schedule(earlier, wanted.schedule, is_dynamic=wanted.dynamic)
         optimizer = "" if wanted.schedule is None else type(rig.new_trainee(compiled=False).optimizer).__name__
         return choices.choose_schedule(chosen, wanted.schedule, is_dynamic=wanted.dynamic, optimizer=optimizer, total_samples=total)
 
@@ -184,7 +193,8 @@ def _answer(trained: "TrainedRun", output: OutputOptions, repeat: tuple[str, ...
     if trained.rank == 0:
         _keep_report(trained, quiet=output.quiet)
     if state is TrainingState.INTERRUPTED:
-        raise InterruptedRunError(f"interrupted after {trained.result.samples} samples; everything is saved.", resume_command(repeat))
+        going_on = resume_command(repeat, world_size=trained.result.plan.world_size)
+        raise InterruptedRunError(f"interrupted after {trained.result.samples} samples; everything is saved.", going_on)
     if output.json:
         answer(trained.result.model_dump_json(indent=2))
     elif trained.rank == 0:

@@ -123,12 +123,14 @@ class DataParallel:
     def begin_window(self, weight: Weight) -> ExchangedSums:
         """Do what the ranks do together once in a window, before anything that may have to be repeated.
 
-        Buffers are copied from rank 0, as the wrapper does before a forward pass after each reduction; its own passes in this window
-        then leave that out.
+        The wrapper settles its buckets once, and copies buffers from rank 0 after each reduction, both before a forward pass; here they are
+        done before, and its own passes in this window leave them out.
 
         Args:
             weight: This rank's weight of the window.
         """
+        if torch.is_grad_enabled():
+            self._wrapper.reducer._rebuild_buckets()  # noqa: SLF001  # so do its first passes; a second try would be one too many
         if self._wrapper.will_sync_module_buffers():  # type: ignore[no-untyped-call]
             self._wrapper._sync_buffers()  # type: ignore[no-untyped-call]  # noqa: SLF001  # what its forward pass calls
         self._wrapper.require_forward_param_sync = False
@@ -163,7 +165,7 @@ class DataParallel:
         """
         try:
             yield
-        except NothingFitsError as error:
+        except (NothingFitsError, MemoryError, torch.OutOfMemoryError) as error:
             with contextlib.suppress(RuntimeError):
                 _meeting().set(_FAILURE, f"rank {torch.distributed.get_rank()}: {error}")
             raise

@@ -48,8 +48,9 @@ class PartLoss:
             return value * _ratio(weight if self.is_mean else 1.0, total, value)
         if self.weight == 0:
             return self.value.nan_to_num(0.0, 0.0, 0.0) * 0.0
-        ratio = _ratio(self.weight if self.is_mean else 1.0, total, self.value)
-        return self.value * ratio if isinstance(ratio, Tensor) or ratio != 1.0 else self.value
+        if self.is_mean and not isinstance(total, Tensor) and self.weight == total:
+            return self.value  # alone in its window; a sum is divided at every size, so that steps of all sizes do the same
+        return self.value * _ratio(self.weight if self.is_mean else 1.0, total, self.value)
 
 
 def _ratio(weight: Weight, total: Weight, like: Tensor) -> Weight:

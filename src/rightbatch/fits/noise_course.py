@@ -22,11 +22,11 @@ CELLS = 48
 _BEGINNING = 0.01
 """x0 over X: the power law starts there."""
 _WAVE_SD = 0.6
-"""Spread of log B about the power law: on a digits CNN it fell to a fifth of its first value before it rose (theory page)."""
+"""Spread of log B about the power law: on a digits CNN it fell to a fifteenth of its first value before it rose (theory page)."""
 _WAVE_LENGTH = 1.0
 """In u: over which the course stays on one side of the power law."""
-_MOMENT_LOG_SD = math.log(1.6)
-"""How far one moment of one run lies from the course of runs like it: two seeds differed by a factor of 1.6 in the median (theory page)."""
+_MOMENT_LOG_SD = math.log(1.5)
+"""How far one moment of one run lies from the course of runs like it: two seeds differed by 1.5 times in the median (theory page)."""
 _LEVEL_SD = 20.0
 _JITTER = 1e-9
 

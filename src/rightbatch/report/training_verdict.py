@@ -115,7 +115,7 @@ def _lead(manifest: TrainingManifest, result: TrainingResult) -> tuple[str, ...]
     if result.state is TrainingState.DIVERGED:
         return (_REMEDY_DIVERGED,)
     if result.state in {TrainingState.INTERRUPTED, TrainingState.UNFINISHED}:
-        command = resume_command(manifest.command)
+        command = resume_command(manifest.command, world_size=manifest.plan.world_size)
         return (f"Go on with: {plain(command)}" if command else "Go on with resume=True.",)
     sentences = [_predicted(result)] if result.predicted_s is not None else []
     if result.state is TrainingState.TARGET_MISSED and result.best is not None:

@@ -14,6 +14,8 @@ from rightbatch.records.training_run import PredictedStep, TrainingManifest
 
 ADAPTIVE = "noise"
 """The kind of schedule that ``--dynamic`` asks for."""
+DYNAMIC = "dynamic"
+"""What it is remembered as."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +50,13 @@ class ChosenSchedule:
     Attributes:
         schedule: None keeps the plan's size.
         words: What it is, in words.
+        asked: The word that it was asked for with; empty when none was.
         forecast: What it was predicted to gain; none where nothing was predicted.
     """
 
     schedule: BatchSchedule | None = None
     words: str = "constant"
+    asked: str = ""
     forecast: ScheduleForecast | None = None
 
 
@@ -117,15 +121,24 @@ def earlier_plan(manifest: TrainingManifest) -> ChosenPlan:
     return ChosenPlan(plan=manifest.plan, source=manifest.plan_source, has_precision=True)
 
 
-def earlier_schedule(manifest: TrainingManifest, *, is_dynamic: bool) -> ChosenSchedule:
+def earlier_schedule(manifest: TrainingManifest, text: str | None, *, is_dynamic: bool) -> ChosenSchedule:
     """Take the schedule that an earlier session of the training had.
 
+    Args:
+        manifest: Of that session.
+        text: The user's word now; none for none.
+        is_dynamic: Whether a dynamic batch is asked for now.
+
     Raises:
-        UsageError: A dynamic batch is asked for, and the training began without.
+        UsageError: Another one is asked for now.
     """
-    if is_dynamic and manifest.batch_schedule is None and manifest.forecast is None:
-        raise UsageError("a training goes on as it began, this one at a constant size; drop --dynamic, or start again with --fresh.")
-    return ChosenSchedule(schedule=manifest.batch_schedule, words=manifest.schedule, forecast=manifest.forecast)
+    asked = DYNAMIC if is_dynamic else text or ""
+    if asked and asked != manifest.schedule_asked:
+        began = manifest.schedule_asked or "a constant size"
+        raise UsageError(f"a training goes on as it began, this one with {began}; got {asked}; leave it out, or start again with --fresh.")
+    return ChosenSchedule(
+        schedule=manifest.batch_schedule, words=manifest.schedule, asked=manifest.schedule_asked, forecast=manifest.forecast
+    )
 
 
 def choose_schedule(chosen: ChosenPlan, text: str | None, *, is_dynamic: bool, optimizer: str, total_samples: int) -> ChosenSchedule:
@@ -154,8 +167,8 @@ def choose_schedule(chosen: ChosenPlan, text: str | None, *, is_dynamic: bool, o
     schedule = requested_schedule(word, chosen.findings, total_samples)
     forecast = forecast_schedule(chosen.findings, schedule, total_samples)
     if is_dynamic and not forecast.worth_it:
-        return ChosenSchedule(words="constant: a dynamic batch is not worth it here", forecast=forecast)
-    return ChosenSchedule(schedule=schedule, words=schedule_text(schedule), forecast=forecast)
+        return ChosenSchedule(words="constant: a dynamic batch is not worth it here", asked=DYNAMIC, forecast=forecast)
+    return ChosenSchedule(schedule=schedule, words=schedule_text(schedule), asked=DYNAMIC if is_dynamic else text or "", forecast=forecast)
 
 
 def forecast_words(chosen: ChosenSchedule) -> tuple[str, ...]:
@@ -175,4 +188,4 @@ def _without_findings(plan: BatchPlan, word: str, optimizer: str) -> ChosenSched
         )
     coupling = SizeCoupling(base_batch_size=plan.global_batch_size, optimizer=optimizer)
     schedule = parse_schedule(word).model_copy(update={"coupling": coupling})
-    return ChosenSchedule(schedule=schedule, words=schedule_text(schedule))
+    return ChosenSchedule(schedule=schedule, words=schedule_text(schedule), asked=word)

@@ -34,6 +34,8 @@ class TrainingRequest:
     schedule: BatchSchedule | None = None
     """How the batch size changes; none keeps the plan's."""
     schedule_words: str = "constant"
+    schedule_asked: str = ""
+    """The word that it was asked for with."""
     forecast: ScheduleForecast | None = None
     """What the schedule was predicted to gain."""
     predicted_steps: tuple[PredictedStep, ...] = ()

@@ -13,8 +13,9 @@ from torch import nn
 from rightbatch._version import __version__
 from rightbatch.engine.provenance import cpu_name
 from rightbatch.engine.rig import Rig
-from rightbatch.errors import UsageError
+from rightbatch.errors import RunFolderError, UsageError
 from rightbatch.fits.training_result import training_result
+from rightbatch.records.document import ForeignRecordError, NewerSchemaError
 from rightbatch.records.training_log import LogEvent, LogLine
 from rightbatch.records.training_run import TrainingFolder, TrainingManifest, TrainingResult, TrainingState
 from rightbatch.training.assembly import Parts, assemble
@@ -120,13 +121,18 @@ def run_training(
 
 
 def _make_room(folder: TrainingFolder, request: TrainingRequest) -> None:
-    """Refuse to train over an earlier training, unless it goes on or is to be dropped."""
-    manifest = folder.read_manifest()
-    if manifest is None:
-        return
+    """Refuse to train over an earlier training, unless it goes on or is to be dropped, readable or not."""
+    try:
+        manifest = folder.read_manifest()
+    except (ForeignRecordError, NewerSchemaError):
+        raise
+    except RunFolderError:
+        if not request.fresh:
+            raise
+        manifest = None
     if request.fresh:
         remove_checkpoints(folder.path)
-    elif not request.resume:
+    elif manifest is not None and not request.resume:
         raise UsageError(
             f"a folder keeps one training; {folder.path} holds one of {manifest.workload_spec} that is {manifest.state.value}; "
             "pass --resume to go on with it, --fresh to start again, or another --out."
@@ -253,10 +259,13 @@ class _Session:
             plan_source=request.plan_source,
             schedule=request.schedule_words,
             batch_schedule=request.schedule,
+            schedule_asked=request.schedule_asked,
             forecast=request.forecast,
             samples=total,
             samples_per_epoch=parts.loader.samples_per_epoch,
             target=request.target,
+            evaluate_every=request.evaluate_every,
+            noise_every=request.noise_every,
             seed=parts.rig.seed,
             device=str(device),
             device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),

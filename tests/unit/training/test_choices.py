@@ -124,10 +124,21 @@ def test_both_a_schedule_and_a_dynamic_batch_are_refused() -> None:
 
 def test_a_training_goes_on_with_what_it_began_with() -> None:
     schedule = parse_schedule("geometric:8..64@400")
-    manifest = training_samples.manifest(batch_schedule=schedule)
+    manifest = training_samples.manifest(batch_schedule=schedule, schedule_asked="geometric")
 
     assert choices.earlier_plan(manifest).plan == manifest.plan
-    assert choices.earlier_schedule(manifest, is_dynamic=False).schedule == schedule
-    constant = training_samples.manifest(schedule="constant")
-    with pytest.raises(UsageError, match="a training goes on as it began, this one at a constant size"):
-        choices.earlier_schedule(constant, is_dynamic=True)
+    for text in (None, "geometric"):
+        assert choices.earlier_schedule(manifest, text, is_dynamic=False).schedule == schedule
+
+
+@pytest.mark.parametrize(
+    ("began", "text", "message"),
+    [
+        ("", None, "this one with a constant size; got dynamic"),
+        ("dynamic", "64", "this one with dynamic; got 64"),
+        ("geometric", "linear", "this one with geometric; got linear"),
+    ],
+)
+def test_a_training_does_not_go_on_with_another_schedule(began: str, text: str | None, message: str) -> None:
+    with pytest.raises(UsageError, match=f"a training goes on as it began, {message}; leave it out, or start again with --fresh"):
+        choices.earlier_schedule(training_samples.manifest(schedule_asked=began), text, is_dynamic=text is None)

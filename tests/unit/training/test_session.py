@@ -275,6 +275,16 @@ def test_a_folder_that_holds_a_training_is_not_trained_over(tmp_path: Path) -> N
     assert (fresh.result.resumes, events(fresh)[0]) == (0, LogEvent.STARTED)
 
 
+def test_a_folder_whose_manifest_is_damaged_can_only_be_started_again(tmp_path: Path) -> None:
+    trained(made(), tmp_path / "run", epochs=1)
+    (tmp_path / "run/training.json").write_text("{")
+
+    with pytest.raises(RunFolderError, match=r"training\.json is not a rightbatch record"):
+        trained(made(), tmp_path / "run", epochs=1, resume=True)
+
+    assert trained(made(), tmp_path / "run", epochs=1, fresh=True).result.state is TrainingState.FINISHED
+
+
 @pytest.mark.parametrize(
     "change",
     [
