@@ -2,7 +2,8 @@
 
 Run: python benchmarks/replay.py --data FOLDER [--leave-one-out] [--resamples 200] [--json]
 
-The folder holds ``zeus.csv``, ``rcp.csv``, ``pollux_progress.csv``, or some of them; any other traces in these formats do as well. One seed
+The folder holds ``zeus.csv``, ``rcp.csv``, ``pollux_progress.csv``, or some of them, or the ``tidy.csv`` of `rightbatch sweep`; any other
+traces in these formats do as well. One seed
 is drawn for every size and every resample; all policies see the same draws. Regret is time at the chosen size over time at the best, both
 means over seeds, minus one; it is averaged over the cells of a workload first, then over workloads. Cost is training time in runs of the
 best size. Exit code 1: a goal does not hold.

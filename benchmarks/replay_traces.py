@@ -74,9 +74,12 @@ class NoiseTrace:
 
 
 def read_zeus(folder: Path) -> list[Cell]:
-    """Cells with measured seconds an epoch; the rate is ``fixed`` where it is the same at all sizes, else ``coupled``."""
+    """Cells with measured seconds an epoch; the rate is ``fixed`` where it is the same at all sizes, else ``coupled``.
+
+    They come from ``zeus.csv``, and from ``tidy.csv``, which `rightbatch sweep` writes in the same form.
+    """
     groups: dict[tuple[str, str, str], list[dict[str, str]]] = defaultdict(list)
-    for row in _rows(folder / "zeus.csv"):
+    for row in (*_rows(folder / "zeus.csv"), *_rows(folder / "tidy.csv")):
         groups[row["workload"], row["device"], row["target"]].append(row)
     cells = []
     for (workload, device, target), rows in groups.items():

@@ -12,6 +12,7 @@ from rightbatch.errors import RightbatchError, RightbatchWarning
 
 if TYPE_CHECKING:
     from rightbatch.api import FoundPlan, find, train
+    from rightbatch.api_sweep import sweep
     from rightbatch.records.plan import BatchPlan, Findings, Goal
     from rightbatch.training.batch_schedule import DynamicBatch
     from rightbatch.training.loader import BatchLoader
@@ -33,6 +34,7 @@ __all__ = [
     "Workload",
     "__version__",
     "find",
+    "sweep",
     "train",
 ]
 
@@ -47,6 +49,7 @@ _HOMES = {
     "Stepper": "rightbatch.training.stepper",
     "Workload": "rightbatch.workload.ingredients",
     "find": "rightbatch.api",
+    "sweep": "rightbatch.api_sweep",
     "train": "rightbatch.api",
 }
 

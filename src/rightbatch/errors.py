@@ -61,6 +61,16 @@ class IsolationError(RightbatchError):
     """The child process that isolates measurements could not be started or stopped answering."""
 
 
+class ClusterError(RightbatchError):
+    """The machines that a sweep should run on cannot be reached, or what it takes to reach them is not installed."""
+
+    exit_code = 6
+
+
+class WorkerKilledError(RightbatchError):
+    """The process of a trial was ended by a signal, most often by the kernel because the machine ran out of memory."""
+
+
 class InterruptedRunError(RightbatchError):
     """The run was interrupted; what had been measured was saved.
 

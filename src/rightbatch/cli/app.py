@@ -1,6 +1,7 @@
 """Parses the command line, runs the command, and turns every error into one line and an exit code.
 
-Exit codes: 0 answer, 1 a check failed, 2 usage, 3 the user's code, 4 nothing fits, 5 inconclusive, 70 a bug in rightbatch, 130 interrupted.
+Exit codes: 0 answer, 1 a check failed, 2 usage, 3 the user's code, 4 nothing fits, 5 inconclusive,
+6 a cluster cannot be reached, 70 a bug in rightbatch, 130 interrupted.
 """
 
 import os
@@ -24,6 +25,8 @@ from rightbatch.cli.options import (
     ReportOptions,
     RunPath,
     ShowOptions,
+    SweepOptions,
+    SweepRunOptions,
     TrainOptions,
     WorkloadSpec,
 )
@@ -34,9 +37,9 @@ ENVIRONMENT_PREFIX = "RIGHTBATCH_"
 DEBUG_VARIABLE = "RIGHTBATCH_DEBUG"
 EXIT_USAGE, EXIT_BUG, EXIT_INTERRUPTED = 2, 70, 130
 
-_OF_WORKLOADS = (*PARTS, "train")
+_OF_WORKLOADS = (*PARTS, "sweep", "train")
 """The commands that load a workload, whose own arguments come after ``--``."""
-_COMMANDS = ("find", "memory", "speed", "noise", "train", "show", "report", "doctor")
+_COMMANDS = ("find", "memory", "speed", "noise", "sweep", "train", "show", "report", "doctor")
 _ARGUMENTS_HINT = "Arguments of the workload's own function come after `--`."
 _EPILOGUE = (
     "Options also come from RIGHTBATCH_* variables and from rightbatch.toml or [tool.rightbatch] in pyproject.toml; "
@@ -101,6 +104,21 @@ class Commands:
     ) -> int:
         """Measure the gradient noise scale."""
         return self._measure("noise", workload, measuring, output)
+
+    def sweep(
+        self,
+        workload: WorkloadSpec,
+        /,
+        *,
+        wanted: SweepOptions = SweepOptions(),  # noqa: B008
+        running: SweepRunOptions = SweepRunOptions(),  # noqa: B008
+        output: OutputOptions = OutputOptions(),  # noqa: B008
+    ) -> int:
+        """Train to a target at several batch sizes, with the rate tuned at each. Repeat the command to go on."""
+        from rightbatch.cli.sweep import sweep
+        from rightbatch.workload.source import WorkloadSource
+
+        return sweep(WorkloadSource(workload, self._workload_arguments), wanted, running, output, repeat=self._repeat)
 
     def train(
         self,

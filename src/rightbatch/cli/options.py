@@ -118,6 +118,48 @@ class MemoryOptions:
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
+class SweepOptions:
+    """What a sweep trains."""
+
+    target: Annotated[str | None, Parameter(show_default=False)] = None
+    """What every trial trains to, in quotes: 'accuracy>=0.97' (any name for the workload's metric), or 'loss<=0.1'. Needed."""
+    batches: Annotated[str | None, Parameter(show_default=False)] = None
+    """Global batch sizes, 8..512 by factors of two, or 8,16,64; without it, around the plan."""
+    seeds: Positive = 3
+    """Trainings at the best rate of each size."""
+    max_samples: Annotated[Positive | None, Parameter(show_default=False)] = None
+    """Most samples of a trial; without it, 100 epochs."""
+    budget: Annotated[Duration | None, Parameter(show_default=False)] = None
+    """Time after which no trial goes on, such as 30m; repeat the command to go on."""
+    plan: Annotated[Path | None, Parameter(show_default=False)] = None
+    """Run folder of `find` whose plan is judged; without it, the latest run of the same workload below rightbatch-runs."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class SweepRunOptions:
+    """Where trials run, and what is kept."""
+
+    on: str = "local"
+    """Where trials run: local, in processes of this machine."""
+    jobs: Annotated[Positive | None, Parameter(show_default=False)] = None
+    """Trials at once; without it, one a GPU, or up to four on the cores of a processor."""
+    device: str = "auto"
+    """Where a trial trains: auto (an accelerator if there is one), cpu, cuda, cuda:1, mps."""
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] | None = None
+    """Overrides the workload's own precision."""
+    threads: Annotated[Positive | None, Parameter(show_default=False)] = None
+    """Threads of a trial; without it, the cores are shared."""
+    out: Path | None = None
+    """Folder of the sweep; without it, one below rightbatch-runs that the same command finds again."""
+    fresh: Flag = False
+    """Train again what the folder already holds."""
+    config: Path | None = None
+    """Options as TOML; without it, the nearest rightbatch.toml or [tool.rightbatch] of pyproject.toml, upwards from here."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
 class TrainOptions:
     """How to train."""
 

@@ -65,8 +65,7 @@ class _Asked:
     @property
     def out(self) -> Path:
         """The folder: the same for every plan, so that ``--resume`` finds it without one."""
-        from rightbatch.tuner.find import RUNS_FOLDER
-        from rightbatch.tuner.kept import digest
+        from rightbatch.tuner.kept import RUNS_FOLDER, digest
 
         return self.wanted.out or RUNS_FOLDER / f"train-{self.source.name}-{digest(self.source.spec, *self.source.arguments)[:8]}"
 

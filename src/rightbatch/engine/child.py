@@ -18,8 +18,8 @@ from rightbatch.errors import RightbatchError
 
 def serve(connection: Connection) -> None:
     """Build the rig that the parent sent, then run probes until the parent hangs up."""
-    _volunteer_for_the_oom_killer()
-    threading.Thread(target=_end_with_the_parent, args=(connection.fileno(),), daemon=True).start()
+    volunteer_for_the_oom_killer()
+    threading.Thread(target=end_with_the_parent, args=(connection.fileno(),), daemon=True).start()
     rig: Rig | None = None
     while True:
         try:
@@ -52,7 +52,7 @@ def _settle_garbage() -> None:
     gc.freeze()
 
 
-def _end_with_the_parent(descriptor: int) -> None:
+def end_with_the_parent(descriptor: int) -> None:
     """Wait until the other end is closed, then end this process and its own children, even in the middle of a probe."""
     poller = select.poll()
     poller.register(descriptor, 0)  # hanging up is always reported
@@ -60,6 +60,7 @@ def _end_with_the_parent(descriptor: int) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def _volunteer_for_the_oom_killer() -> None:
+def volunteer_for_the_oom_killer() -> None:
+    """Make this process the kernel's first choice when memory runs out."""
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:  # noqa: PTH123  # a kernel file, not a path
         score.write("1000")

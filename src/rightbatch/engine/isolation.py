@@ -6,6 +6,7 @@ this module does not import it, and a child imports it while its parent goes on.
 
 import contextlib
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -28,7 +29,7 @@ __all__ = ["ChildHost", "Completed", "Host", "InProcessHost", "Killed", "OutOfMe
 T = TypeVar("T")
 P = ParamSpec("P")
 
-_CRASHES = frozenset({signal.SIGSEGV, signal.SIGILL, signal.SIGFPE, signal.SIGSYS})
+CRASHES = frozenset({signal.SIGSEGV, signal.SIGILL, signal.SIGFPE, signal.SIGSYS})
 """What a fault of compiled code ends with. Aborts and bus errors are not among them: failed allocations end with those, too."""
 
 
@@ -106,10 +107,10 @@ class ChildHost:
 
     def _start(self) -> None:
         try:
-            self._process, self._connection = _spawned({**os.environ, **self._environment})
+            self._process, self._connection = spawned(_CHILD_PROGRAM, {**os.environ, **self._environment})
         except OSError as error:
             raise _unstarted(str(error)) from error
-        self._send(cloudpickle.dumps((sys.path, os.getcwd())) if os.path.isdir(".") else cloudpickle.dumps((sys.path, None)))  # noqa: PTH109, PTH112
+        self._send(place_of_this_process())
         self._send(self._build)
         try:
             outcome = self._receive()
@@ -154,7 +155,7 @@ class ChildHost:
     def _ended(self) -> Killed:
         assert self._process is not None, "only called while a child runs"  # noqa: S101
         code = self._process.wait()
-        if code < 0 and -code not in _CRASHES:
+        if code < 0 and -code not in CRASHES:
             return Killed(signal.Signals(-code).name)
         self.close()
         if code < 0:
@@ -195,13 +196,26 @@ serve(connection)
 """
 
 
-def _spawned(environment: Mapping[str, str]) -> tuple["subprocess.Popen[bytes]", Connection]:
-    """Start a child that shows where it crashes; return it and the connection to it."""
+def place_of_this_process() -> bytes:
+    """Return, pickled, where this process imports from and works: the path, and the folder; none where that was removed."""
+    return pickle.dumps((sys.path, os.getcwd() if os.path.isdir(".") else None))  # noqa: PTH109, PTH112
+
+
+def spawned(program: str, environment: Mapping[str, str]) -> tuple["subprocess.Popen[bytes]", Connection]:
+    """Start a child that shows where it crashes, in a session of its own, with its output on this process's stderr.
+
+    Args:
+        program: Python; ``sys.argv[1]`` is the descriptor of its end of the connection.
+        environment: All its variables.
+
+    Returns:
+        The child, and the connection to it.
+    """
     ours, theirs = socket.socketpair()
     with theirs:
         try:
             process = subprocess.Popen(  # noqa: S603  # our own interpreter and module
-                [sys.executable, "-X", "faulthandler", "-c", _CHILD_PROGRAM, str(theirs.fileno())],
+                [sys.executable, "-X", "faulthandler", "-c", program, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=2,

@@ -38,7 +38,7 @@ from rightbatch.records.measurements import (
 )
 from rightbatch.records.plan import Constraints, Findings, Objective
 from rightbatch.records.record import SCHEMA_VERSION, Record
-from rightbatch.records.training import BranchMeasurements
+from rightbatch.records.training import BranchMeasurements, SweepEvidence
 
 MANIFEST_FILE = "run.json"
 FINDINGS_FILE = "findings.json"
@@ -54,6 +54,7 @@ PART_KINDS: Mapping[str, type[Record]] = {
     "gradient_noise": GradientNoiseMeasurements,
     "branches": BranchMeasurements,
     "lr_range": LrRangeMeasurements,
+    "swept": SweepEvidence,
 }
 """The record that each part's file holds."""
 
@@ -269,6 +270,7 @@ class RunFolder:
         noise = self.read_part("gradient_noise", GradientNoiseMeasurements)
         branches = self.read_part("branches", BranchMeasurements)
         lr_range = self.read_part("lr_range", LrRangeMeasurements)
+        swept = self.read_part("swept", SweepEvidence)
         return Measurements(
             workload=workload.record,
             memory=memory and memory.record,
@@ -277,6 +279,7 @@ class RunFolder:
             gradient_noise=noise and noise.record,
             branches=branches and branches.record,
             lr_range=lr_range and lr_range.record,
+            swept=swept and swept.record,
         )
 
     def oldest_measured_at(self) -> str | None:
@@ -285,7 +288,7 @@ class RunFolder:
         Raises:
             RunFolderError: A file is corrupt or from a newer version.
         """
-        parts = (self.read_part(name, kind) for name, kind in PART_KINDS.items() if name != "workload")
+        parts = (self.read_part(name, kind) for name, kind in PART_KINDS.items() if name not in {"workload", "swept"})
         return min((part.measured_at for part in parts if part is not None), default=None)
 
     def read_findings(self) -> Findings | None:

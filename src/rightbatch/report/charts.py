@@ -43,7 +43,7 @@ def memory_chart(curve: MemoryCurve) -> go.Figure:
     drawn = [used for _, used in curve.curve] + [point.used_bytes for point in curve.points if point.used_bytes is not None]
     _limit(figure, curve.limit.limit_bytes / GIB, max(drawn, default=0) / GIB, "limit", format_bytes(curve.limit.limit_bytes))
     if curve.ceiling is not None:
-        _vertical(figure, curve.ceiling, f"ceiling {curve.ceiling}", GREEN)
+        vertical_line(figure, curve.ceiling, f"ceiling {curve.ceiling}", GREEN, log=False)
     figure.update_yaxes(rangemode="tozero")
     return figure
 
@@ -67,9 +67,9 @@ def speed_chart(curve: StepTimeCurve, loader: LoaderCurve | None) -> go.Figure:
     if loader is not None and loader.samples_per_s.value is not None:
         best = max((point.samples_per_s.value or 0.0 for point in curve.points), default=0.0)
         _limit(figure, loader.samples_per_s.value, best, "data loader", f"{format_number(loader.samples_per_s.value)} samples/s")
-    _powers(figure, sizes)
+    log_sizes(figure, sizes)
     if curve.knee is not None:
-        _vertical(figure, curve.knee, f"knee {curve.knee}", GREEN, log=True)
+        vertical_line(figure, curve.knee, f"knee {curve.knee}", GREEN)
     figure.update_yaxes(rangemode="tozero")
     return figure
 
@@ -120,11 +120,11 @@ def cost_chart(tradeoff: Tradeoff, chosen: int | None, equivalent: Sequence[int]
         line={"color": BLUE, "width": 2},
         marker=marker_of(BLUE, "circle"),
     )
-    _powers(figure, sizes)
+    log_sizes(figure, sizes)
     if equivalent:
         figure.add_vrect(x0=min(equivalent) / 1.15, x1=max(equivalent) * 1.15, fillcolor=SHADE, line_width=0, layer="below")
     if chosen is not None:
-        _vertical(figure, chosen, f"choice {chosen}", GREEN, log=True)
+        vertical_line(figure, chosen, f"choice {chosen}", GREEN)
     ceiling = (
         3.0 if any((time.value or 0.0) > 3 for time in times) else max((time.high or time.value or 1.0 for time in times), default=1.0)
     )
@@ -207,7 +207,7 @@ def add_estimates(figure: go.Figure, sizes: Sequence[int], values: Sequence[Esti
     )
 
 
-def _powers(figure: go.Figure, sizes: Sequence[int]) -> None:
+def log_sizes(figure: go.Figure, sizes: Sequence[int]) -> None:
     """Make the horizontal axis logarithmic with a tick at each size that leaves room for its words."""
     kept: list[int] = []
     for size in sorted(sizes):
@@ -216,7 +216,8 @@ def _powers(figure: go.Figure, sizes: Sequence[int]) -> None:
     figure.update_xaxes(type="log", tickvals=kept, ticktext=[str(size) for size in kept])
 
 
-def _vertical(figure: go.Figure, size: int, text: str, colour: str, *, log: bool = False) -> None:
+def vertical_line(figure: go.Figure, size: float, text: str, colour: str, *, log: bool = True) -> None:
+    """Draw a dotted line at a size, with its words beside it; ``log`` says whether the axis is logarithmic."""
     figure.add_vline(x=size, line={"color": colour, "width": 1.5, "dash": "dot"})
     place = math.log10(size) if log else size
     figure.add_annotation(
