@@ -80,8 +80,8 @@ def report(runs: tuple[Path, ...], writing: ReportOptions, output: OutputOptions
             f"--output names one file for one run; got {len(runs)} runs; leave it out to write report.html in each run folder."
         )
     from rightbatch.records.document import write_whole
+    from rightbatch.records.folder import REPORT_FILE
     from rightbatch.records.record import SCHEMA_VERSION
-    from rightbatch.records.run import REPORT_FILE
 
     files = tuple(writing.output or run / REPORT_FILE for run in runs)
     for run, file in zip(runs, files, strict=True):

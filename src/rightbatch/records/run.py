@@ -5,16 +5,15 @@
 """
 
 import json
-import os
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Literal
 
 from pydantic import PositiveFloat
 
-from rightbatch.errors import RunFolderBusyError, RunFolderError
+from rightbatch.errors import RunFolderError
 from rightbatch.records.document import (
     ForeignRecordError,
     JsonObject,
@@ -27,6 +26,16 @@ from rightbatch.records.document import (
     write_whole,
 )
 from rightbatch.records.environment import Environment
+from rightbatch.records.folder import (
+    LOCK_FILE,
+    REPORT_FILE,
+    locked,
+    make_folder,
+    read_manifest,
+    removed_if_empty,
+    write_record,
+    write_report,
+)
 from rightbatch.records.lr_range_measurements import LrRangeMeasurements
 from rightbatch.records.measurements import (
     GradientNoiseMeasurements,
@@ -42,9 +51,6 @@ from rightbatch.records.training import BranchMeasurements, SweepEvidence
 
 MANIFEST_FILE = "run.json"
 FINDINGS_FILE = "findings.json"
-REPORT_FILE = "report.html"
-LOCK_FILE = ".lock"
-WRITTEN_BY = "rightbatch"
 
 PART_KINDS: Mapping[str, type[Record]] = {
     "workload": WorkloadSummary,
@@ -124,15 +130,7 @@ class RunFolder:
         Raises:
             RunFolderError: It is a file, cannot be written, holds files of someone else, or is corrupt or too new.
         """
-        if path.exists() and not path.is_dir():
-            raise RunFolderError(f"the run folder must be a folder; {path} is a file; pass another --out.")
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            names = sorted(entry.name for entry in path.iterdir())
-        except OSError as error:
-            refuse_io("make", path, error)
-        if not os.access(path, os.W_OK | os.X_OK):
-            raise RunFolderError(f"cannot write into the run folder {path}: permission denied; pass another --out.")
+        names = make_folder(path, "run folder")
         folder = cls(path)
         if MANIFEST_FILE in names:
             folder._check_takeover(names, fresh=fresh)
@@ -164,31 +162,14 @@ class RunFolder:
             RunFolderBusyError: Another process is using the folder.
             RunFolderError: The lock file cannot be made.
         """
-        from filelock import FileLock, Timeout
-
-        lock = FileLock(self.path / LOCK_FILE, timeout=0)
-        try:
-            lock.acquire()
-        except Timeout as error:
-            message = f"another process is using the run folder {self.path}; wait for it to end or pass another --out."
-            raise RunFolderBusyError(message) from error
-        except OSError as error:
-            refuse_io("lock", self.path, error)
-        try:
+        with locked(self.path):
             yield
-        finally:
-            lock.release()
 
     @contextmanager
     def removed_if_empty(self) -> Iterator[None]:
         """Leave no folder behind when nothing was written into it, because the workload could not be loaded, for example."""
-        try:
+        with removed_if_empty(self.path):
             yield
-        finally:
-            if {entry.name for entry in self.path.iterdir()} <= {LOCK_FILE}:
-                (self.path / LOCK_FILE).unlink(missing_ok=True)
-                with suppress(OSError):
-                    self.path.rmdir()
 
     def read_manifest(self) -> RunManifest | None:
         """Read ``run.json``; none when it was not written yet.
@@ -196,13 +177,7 @@ class RunFolder:
         Raises:
             RunFolderError: The file is corrupt, foreign, or from a newer version.
         """
-        file = self.path / MANIFEST_FILE
-        document = read_document(file)
-        if document is None:
-            return None
-        if document.get("written_by") != WRITTEN_BY:
-            raise ForeignRecordError(f"{file} was not written by rightbatch; pass another --out or give another folder.")
-        return validate(RunManifest, document, file)
+        return read_manifest(RunManifest, self.path / MANIFEST_FILE)
 
     def write_manifest(self, manifest: RunManifest) -> None:
         """Replace ``run.json``.
@@ -210,7 +185,7 @@ class RunFolder:
         Raises:
             RunFolderError: It cannot be written.
         """
-        write_whole(self.path / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
+        write_record(self.path / MANIFEST_FILE, manifest)
 
     def read_part(self, name: str, kind: type[RecordT]) -> StoredPart[RecordT] | None:
         """Read one part; none when it was not measured.
@@ -307,7 +282,7 @@ class RunFolder:
         Raises:
             RunFolderError: It cannot be written.
         """
-        write_whole(self.path / FINDINGS_FILE, findings.model_dump_json(indent=2) + "\n")
+        write_record(self.path / FINDINGS_FILE, findings)
 
     def write_report(self, html: str) -> Path:
         """Replace ``report.html`` and say where it is.
@@ -315,9 +290,7 @@ class RunFolder:
         Raises:
             RunFolderError: It cannot be written.
         """
-        file = self.path / REPORT_FILE
-        write_whole(file, html)
-        return file
+        return write_report(self.path, html)
 
     def _check_takeover(self, names: list[str], *, fresh: bool) -> None:
         try:

@@ -1,14 +1,22 @@
 """The folder of a sweep: what is swept (``sweep.json``), the journal of its trials, the result, a table of trials, the report."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from rightbatch.errors import RunFolderError
-from rightbatch.records.document import ForeignRecordError, read_document, refuse_io, validate, write_whole
-from rightbatch.records.run import LOCK_FILE, REPORT_FILE, RunFolder
+from rightbatch.records.document import read_document, refuse_io, validate, write_whole
+from rightbatch.records.folder import (
+    LOCK_FILE,
+    REPORT_FILE,
+    locked,
+    make_folder,
+    read_manifest,
+    removed_if_empty,
+    write_record,
+    write_report,
+)
 from rightbatch.records.sweep import SweepManifest, SweepResult
 
 SWEEP_FILE = "sweep.json"
@@ -33,16 +41,8 @@ class SweepFolder:
         Raises:
             RunFolderError: It is a file, cannot be written, or holds something else.
         """
-        if path.exists() and not path.is_dir():
-            raise RunFolderError(f"the folder of a sweep must be a folder; {path} is a file; pass another --out.")
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            names = {entry.name for entry in path.iterdir()}
-        except OSError as error:
-            refuse_io("make", path, error)
-        if not os.access(path, os.W_OK | os.X_OK):
-            raise RunFolderError(f"cannot write into the folder {path}: permission denied; pass another --out.")
-        foreign = sorted(name for name in names - _OUR_FILES if not (name.startswith(".") and name.endswith(".tmp")))
+        names = make_folder(path, "folder of a sweep")
+        foreign = sorted(name for name in set(names) - _OUR_FILES if not (name.startswith(".") and name.endswith(".tmp")))
         if foreign:
             raise RunFolderError(f"the folder of a sweep must be empty or a sweep's; {path} holds {foreign[0]}; pass another --out.")
         return cls(path)
@@ -70,8 +70,7 @@ class SweepFolder:
         Raises:
             RunFolderBusyError: Another process is using the folder.
         """
-        folder = RunFolder(self.path)
-        with folder.lock(), folder.removed_if_empty():
+        with locked(self.path), removed_if_empty(self.path):
             yield
 
     def clear(self) -> None:
@@ -92,13 +91,7 @@ class SweepFolder:
         Raises:
             RunFolderError: The file is corrupt, foreign, or from a newer version.
         """
-        file = self.path / SWEEP_FILE
-        document = read_document(file)
-        if document is None:
-            return None
-        if document.get("written_by") != "rightbatch":
-            raise ForeignRecordError(f"{file} was not written by rightbatch; pass another --out or give another folder.")
-        return validate(SweepManifest, document, file)
+        return read_manifest(SweepManifest, self.path / SWEEP_FILE)
 
     def write_manifest(self, manifest: SweepManifest) -> None:
         """Replace ``sweep.json``.
@@ -106,7 +99,7 @@ class SweepFolder:
         Raises:
             RunFolderError: It cannot be written.
         """
-        write_whole(self.path / SWEEP_FILE, manifest.model_dump_json(indent=2) + "\n")
+        write_record(self.path / SWEEP_FILE, manifest)
 
     def read_result(self) -> SweepResult | None:
         """Read ``result.json``; none when the sweep has not come to one.
@@ -124,7 +117,7 @@ class SweepFolder:
         Raises:
             RunFolderError: It cannot be written.
         """
-        write_whole(self.path / RESULT_FILE, result.model_dump_json(indent=2) + "\n")
+        write_record(self.path / RESULT_FILE, result)
 
     def write_table(self, text: str) -> None:
         """Replace ``tidy.csv``.
@@ -140,6 +133,4 @@ class SweepFolder:
         Raises:
             RunFolderError: It cannot be written.
         """
-        file = self.path / REPORT_FILE
-        write_whole(file, html)
-        return file
+        return write_report(self.path, html)

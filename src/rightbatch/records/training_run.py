@@ -1,6 +1,5 @@
 """The folder of a training: what was asked (``training.json``), the log, the last two checkpoints, the report."""
 
-import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +11,10 @@ from typing import Literal
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from rightbatch.errors import RunFolderError
-from rightbatch.records.document import ForeignRecordError, read_document, refuse_io, validate, write_whole
+from rightbatch.records.folder import LOCK_FILE, locked, make_folder, read_manifest, removed_if_empty, write_record, write_report
 from rightbatch.records.plan import BatchPlan
 from rightbatch.records.record import SCHEMA_VERSION, Record
-from rightbatch.records.run import LOCK_FILE, MANIFEST_FILE, REPORT_FILE, RunFolder
+from rightbatch.records.run import MANIFEST_FILE
 from rightbatch.records.schedule import BatchSchedule, ScheduleForecast
 from rightbatch.records.training_log import EvaluationLine, LogLine, TrainingTarget, read_log
 
@@ -143,15 +142,7 @@ class TrainingFolder:
         Raises:
             RunFolderError: It is a file, cannot be written, or holds something else.
         """
-        if path.exists() and not path.is_dir():
-            raise RunFolderError(f"the folder of a training must be a folder; {path} is a file; pass another --out.")
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            names = {entry.name for entry in path.iterdir()} - {LOCK_FILE}
-        except OSError as error:
-            refuse_io("make", path, error)
-        if not os.access(path, os.W_OK | os.X_OK):
-            raise RunFolderError(f"cannot write into the folder {path}: permission denied; pass another --out.")
+        names = set(make_folder(path, "folder of a training")) - {LOCK_FILE}
         if names and TRAINING_FILE not in names and not all(name.startswith(".") and name.endswith(".tmp") for name in names):
             kind = "a run of `rightbatch find`" if MANIFEST_FILE in names else "something else"
             raise RunFolderError(f"the folder of a training must be empty or a training's; {path} holds {kind}; pass another --out.")
@@ -180,8 +171,7 @@ class TrainingFolder:
         Raises:
             RunFolderBusyError: Another process is using the folder.
         """
-        folder = RunFolder(self.path)
-        with folder.lock(), folder.removed_if_empty():
+        with locked(self.path), removed_if_empty(self.path):
             yield
 
     @property
@@ -195,13 +185,7 @@ class TrainingFolder:
         Raises:
             RunFolderError: The file is corrupt, foreign, or from a newer version.
         """
-        file = self.path / TRAINING_FILE
-        document = read_document(file)
-        if document is None:
-            return None
-        if document.get("written_by") != "rightbatch":
-            raise ForeignRecordError(f"{file} was not written by rightbatch; pass another --out or give another folder.")
-        return validate(TrainingManifest, document, file)
+        return read_manifest(TrainingManifest, self.path / TRAINING_FILE)
 
     def write_manifest(self, manifest: TrainingManifest) -> None:
         """Replace ``training.json``.
@@ -209,7 +193,7 @@ class TrainingFolder:
         Raises:
             RunFolderError: It cannot be written.
         """
-        write_whole(self.path / TRAINING_FILE, manifest.model_dump_json(indent=2) + "\n")
+        write_record(self.path / TRAINING_FILE, manifest)
 
     def read_lines(self) -> tuple[LogLine, ...]:
         """Read the log.
@@ -225,9 +209,7 @@ class TrainingFolder:
         Raises:
             RunFolderError: It cannot be written.
         """
-        file = self.path / REPORT_FILE
-        write_whole(file, html)
-        return file
+        return write_report(self.path, html)
 
 
 def resume_command(command: tuple[str, ...], *, world_size: int = 1) -> str:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rightbatch.errors import RunFolderError, UsageError
 from rightbatch.records.document import refuse_io
+from rightbatch.records.folder import WRITTEN_BY
 
 State = dict[str, object]
 """Tensors, numbers, strings, lists and mappings, nested."""
@@ -30,7 +31,6 @@ State = dict[str, object]
 SCHEMA_VERSION = 1
 KEPT_COUNT = 2
 """Checkpoints that are kept: the last one, and the one to fall back to."""
-_WRITTEN_BY = "rightbatch"
 _DIGEST_LENGTH = 16
 _NAME = re.compile(rf"checkpoint-(\d{{9,}})-([0-9a-f]{{{_DIGEST_LENGTH}}})\.pt")
 _LIKE_OURS = "checkpoint-*.pt"
@@ -73,7 +73,7 @@ def save_checkpoint(folder: Path, state: Mapping[str, object], *, step: int, fin
         UsageError: The state holds something that could not be read back without running code.
         RunFolderError: The disk is full, or the folder cannot be written; the checkpoints before it are intact.
     """
-    header = {"written_by": _WRITTEN_BY, "schema_version": SCHEMA_VERSION, "fingerprint": fingerprint, "step": step}
+    header = {"written_by": WRITTEN_BY, "schema_version": SCHEMA_VERSION, "fingerprint": fingerprint, "step": step}
     document = header | {"state": _plain(state, "state")}
     temporary = folder / f".checkpoint.{secrets.token_hex(4)}.tmp"
     try:
@@ -167,7 +167,7 @@ def _read_whole(file: Path, device: torch.device | str) -> State | None:
         document = torch.load(file, map_location=device, weights_only=True)
     except Exception as error:
         raise _foreign(file) from error
-    if not isinstance(document, dict) or document.get("written_by") != _WRITTEN_BY:
+    if not isinstance(document, dict) or document.get("written_by") != WRITTEN_BY:
         raise _foreign(file)
     if document.get("schema_version") != SCHEMA_VERSION:
         raise RunFolderError(
