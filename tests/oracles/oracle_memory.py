@@ -1,6 +1,6 @@
 """A device whose memory use follows a planted law, and the naive search for its ceiling."""
 
-from rightbatch.fits.memory_search import next_attempt, touch_sizes
+from rightbatch.fits.memory_search import next_attempt, safe_touch, touch_sizes
 from rightbatch.records.measurements import LiveMoment, MemoryPoint, MemoryTrace, Outcome
 
 
@@ -51,9 +51,12 @@ def attempt(trace, used, limit_bytes, size, *, purpose="approach", kills=False):
 
 
 def search(trace, used, limit_bytes, largest_allowed, *, kills=False):
-    """Run touches and approaches as the probe does; returns the attempts in order."""
+    """Run touches and approaches as the tuner does; returns the attempts in order."""
     points = []
-    for size in touch_sizes(trace, limit_bytes, largest_allowed):
+    for wanted in touch_sizes(trace, limit_bytes, largest_allowed):
+        size = safe_touch(trace, limit_bytes, points, wanted)
+        if not size:
+            break
         points.append(attempt(trace, used, limit_bytes, size, purpose="touch", kills=kills))
         if points[-1].outcome is not Outcome.RAN:
             break

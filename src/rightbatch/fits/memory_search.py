@@ -74,7 +74,7 @@ def touch_sizes(trace: MemoryTrace, limit_bytes: int, largest_allowed: int, *, i
     fixed = traced_peak_bytes(trace, 0)
     seen = within(min(fixed + _VISIBLE_BYTES, limit_bytes // 8))
     wanted = max(within(fixed + 2 * _VISIBLE_BYTES), -(-within(limit_bytes) // LARGEST_GROWTH))
-    sizes = {seen, max(smallest, min(wanted, within(limit_bytes // 2)))}
+    sizes = {seen, max(smallest, min(wanted, within(limit_bytes)))}
     touched = min(sizes)
     if len(sizes) == 1 and touched < largest_allowed:  # one point calibrates nothing
         companion = max(smallest, touched // 2) if touched > smallest else touched + 1
@@ -82,12 +82,27 @@ def touch_sizes(trace: MemoryTrace, limit_bytes: int, largest_allowed: int, *, i
     return tuple(sorted(sizes))
 
 
-def touch_is_safe(trace: MemoryTrace, limit_bytes: int, points: Sequence[MemoryPoint], size: int) -> bool:
-    """Whether a touch stays within the limit even if the device needs as many times the traced growth as is sane at all."""
+def safe_touch(trace: MemoryTrace, limit_bytes: int, points: Sequence[MemoryPoint], size: int) -> int:
+    """The touch that is wanted, or the largest that is safe even if the device needs as many times the traced growth as is sane at all.
+
+    Args:
+        trace: Allocations of a step.
+        limit_bytes: The most that may be used, in bytes.
+        points: Every attempt so far.
+        size: The touch that is wanted.
+
+    Returns:
+        A size; 0 where none above the first touch is safe.
+    """
     ran = [p for p in points if p.outcome is Outcome.RAN]
+    if len(ran) < len(points):
+        return 0
     if not ran or not trace.moments:
-        return len(ran) == len(points)
-    return len(ran) == len(points) and _steepest_use(trace, ran[0].micro_batch_size, ran[0].used_bytes or 0)(size) <= limit_bytes
+        return size
+    first = ran[0].micro_batch_size
+    steepest = _steepest_use(trace, first, ran[0].used_bytes or 0)
+    safe = largest_that(lambda b: steepest(b) <= limit_bytes, first, size)
+    return safe if safe > first else 0
 
 
 def next_attempt(
@@ -137,7 +152,7 @@ def next_attempt(
     if candidate <= (1 + resolution) * size and len(ran) <= 2 and not _error_is_known(trace, points):
         line = calibrate(trace, points)
         bare = largest_that(lambda b: line.used_bytes(regressor(trace, b)) <= limit_bytes, size, max(cap, size))
-        candidate, resolution = _midpoint(trace, size, bare), _LEAST_STEP
+        candidate, resolution = _midpoint(trace, size, bare + 1), 0.0  # a third reading tells whether the device follows the line
     return None if candidate <= (1 + resolution) * size else candidate
 
 

@@ -94,9 +94,7 @@ class MemorySearch:
         touches = memory_search.touch_sizes(trace, limit.limit_bytes, cap, is_refused=self._is_refused(limit))
         for place in range(self._agreed(len(touches), "touches")):
             size = _affordable_touch(points, touches[place], pace_s, end_s - self.clock_s())
-            if not memory_search.touch_is_safe(trace, limit.limit_bytes, points, size):
-                size = 0
-            size = self._agreed(size, "touch")
+            size = self._agreed(memory_search.safe_touch(trace, limit.limit_bytes, points, size), "touch")
             if size:
                 points.append(self._attempt(size, "touch", trace, limit))
         return points
