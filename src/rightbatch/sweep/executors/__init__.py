@@ -7,15 +7,18 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Protocol, TypeVar
 
-from rightbatch.errors import ClusterError, UsageError
+from rightbatch.errors import UsageError
 
 P = TypeVar("P")
 R = TypeVar("R")
 
 _WHERE = re.compile(r"([a-z]+)(?::(.+))?")
-HOMES = {"local": "rightbatch.sweep.executors.local"}
+HOMES = {
+    "local": "rightbatch.sweep.executors.local",
+    "ray": "rightbatch.sweep.executors.ray",
+    "slurm": "rightbatch.sweep.executors.slurm",
+}
 """The module of each executor, with a function ``open_executor(setting)``."""
-_PLANNED = {"ray": "Ray", "slurm": "SLURM"}
 
 
 class Executor(Protocol):
@@ -59,19 +62,15 @@ class ExecutorSetting:
 
 
 def parse_where(where: str) -> tuple[str, str]:
-    """Read ``local``, ``ray``, ``ray:ADDRESS`` or ``slurm``; return the name and the address.
+    """Read ``local``, ``ray``, ``ray:ADDRESS``, ``slurm`` or ``slurm:PARTITION``; return the name and what follows the colon.
 
     Raises:
         UsageError: It is none of these.
-        ClusterError: It is one that this version cannot reach.
     """
     match = _WHERE.fullmatch(where.strip())
-    name = "" if match is None else match[1]
-    if match is not None and name in HOMES:
-        return name, match[2] or ""
-    if name in _PLANNED:
-        raise ClusterError(f"trials cannot be run on {_PLANNED[name]} by this version; it runs them on this machine: use --on local.")
-    raise UsageError(f"--on must be one of {', '.join(HOMES)}; got {where!r}.")
+    if match is None or match[1] not in HOMES or (match[1] == "local" and match[2]):
+        raise UsageError(f"--on must be local, ray, ray:ADDRESS, slurm or slurm:PARTITION; got {where!r}.")
+    return match[1], match[2] or ""
 
 
 def open_executor(where: str, *, jobs: int | None, device: str) -> Executor:
