@@ -96,9 +96,10 @@ class Trainer:
         seen = 0
         for indices in _batches(rig.train_size, size, seed):
             seen += size
-            yield trainee, seen, train_step(trainee, [self._batch(rig, indices)]).mean_loss
+            yield trainee, seen, train_step(trainee, [self.batch(rig, indices)]).mean_loss
 
-    def _batch(self, rig: Rig, indices: np.ndarray) -> Batch:
+    def batch(self, rig: Rig, indices: np.ndarray) -> Batch:
+        """Return these samples as one batch on the device."""
         if self._held is None:
             return rig.real_batch(indices.tolist())
         rows = torch.from_numpy(indices).to(self._device)

@@ -25,8 +25,8 @@ from typing import Protocol
 from goals import Goal, exit_code, goal, print_goals
 from rightbatch.records.sweep import TrialResult
 from rightbatch.records.sweep_folder import JOURNAL_FILE
-from rightbatch.sweep.executors import open_executor
-from rightbatch.sweep.study import SweepStudy
+from rightbatch.sweeps.executors import open_executor
+from rightbatch.sweeps.study import SweepStudy
 
 ENDED_BEFORE = 4
 """Trials that have ended when the node is killed."""

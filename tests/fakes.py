@@ -1,18 +1,25 @@
-"""A device whose laws are known: memory a + c * b with a capacity, step time t0 + b / tau, and gradients of known mean and covariance.
+"""Devices that are not there: one of known laws, and one with so many bytes.
 
+The first obeys planted laws: memory a + c * b with a capacity, step time t0 + b / tau, and gradients of known mean and covariance.
 The probes run unchanged on it: real torch, real gradients, but its own clock and its own memory.
 """
 
+import random
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import Dataset
 
 from rightbatch.engine.meters import Meters
 from rightbatch.engine.rig import Rig
 from rightbatch.records.measurements import Contention, MemoryLimit
-from rightbatch.workload.ingredients import Workload
+from rightbatch.workload.ingredients import Workload, tensors_of
 
 DIMENSION = 24
 
@@ -78,6 +85,40 @@ class FakeDevice:
 
     def meters(self) -> Meters:
         return Meters(clock=self, memory=self, energy=None, contention=self.contention)
+
+
+class ByteBudget(TorchDispatchMode):
+    """A device with so many bytes: an operation whose results do not fit beside what was made before, and is still held, fails.
+
+    Attributes:
+        limit_bytes: The budget.
+        peak_bytes: Most bytes that were held at once.
+        errors: How often memory ran out.
+    """
+
+    def __init__(self, limit_bytes: int = 2**62) -> None:
+        super().__init__()
+        self.limit_bytes = limit_bytes
+        self.peak_bytes = self.errors = self._total = 0
+        self._live: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tensors_of(result):
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key not in self._live:
+                self._live[key] = storage.nbytes()
+                self._total += storage.nbytes()
+                weakref.finalize(storage, self._free, key).atexit = False
+        if self._total > self.limit_bytes:
+            self.errors += 1
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to hold {self._total} of {self.limit_bytes} bytes")
+        self.peak_bytes = max(self.peak_bytes, self._total)
+        return result
+
+    def _free(self, key: int) -> None:
+        self._total -= self._live.pop(key)
 
 
 class PlantedNet(nn.Module):
@@ -157,3 +198,17 @@ class GivenSource:
 
     def code_is_unchanged(self, files: tuple[tuple[str, str], ...]) -> bool:
         return self.unchanged
+
+
+class Augmented(Dataset[Tensor]):
+    """Samples of four numbers: their index, and a draw of Python's, of NumPy's and of torch's global generator."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Tensor:
+        draws = random.randrange(10**9), np.random.randint(10**9), torch.randint(10**9, ()).item()  # noqa: NPY002, S311
+        return torch.tensor([index, *draws])

@@ -91,7 +91,7 @@ def diverged() -> Training:
     last = made[-1]
     assert isinstance(last, StepLine)
     made[-1] = last.model_copy(update={"loss": None, "grad_norm": None})
-    ended = _ended(tuple(made), LogEvent.DIVERGED, "the loss of the last steps is not finite")
+    ended = _ended(tuple(made), LogEvent.DIVERGED, "the loss is not finite")
     return manifest(TrainingState.DIVERGED, schedule="constant", predicted_steps=(), plan_source="the command line"), ended
 
 

@@ -11,8 +11,10 @@ from rightbatch._version import __version__
 from rightbatch.errors import RightbatchError, RightbatchWarning
 
 if TYPE_CHECKING:
-    from rightbatch.api import FoundPlan, find
+    from rightbatch.api import FoundPlan, find, train
+    from rightbatch.api_sweep import sweep
     from rightbatch.records.plan import BatchPlan, Findings, Goal
+    from rightbatch.training.batch_schedule import DynamicBatch
     from rightbatch.training.loader import BatchLoader
     from rightbatch.training.monitor import NoiseMonitor
     from rightbatch.training.stepper import Stepper
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BatchLoader",
     "BatchPlan",
+    "DynamicBatch",
     "Findings",
     "FoundPlan",
     "Goal",
@@ -31,11 +34,14 @@ __all__ = [
     "Workload",
     "__version__",
     "find",
+    "sweep",
+    "train",
 ]
 
 _HOMES = {
     "BatchLoader": "rightbatch.training.loader",
     "BatchPlan": "rightbatch.records.plan",
+    "DynamicBatch": "rightbatch.training.batch_schedule",
     "Findings": "rightbatch.records.plan",
     "FoundPlan": "rightbatch.api",
     "Goal": "rightbatch.records.plan",
@@ -43,6 +49,8 @@ _HOMES = {
     "Stepper": "rightbatch.training.stepper",
     "Workload": "rightbatch.workload.ingredients",
     "find": "rightbatch.api",
+    "sweep": "rightbatch.api_sweep",
+    "train": "rightbatch.api",
 }
 
 

@@ -27,6 +27,7 @@ from rightbatch.cli.options import (
     ShowOptions,
     SweepOptions,
     SweepRunOptions,
+    TrainOptions,
     WorkloadSpec,
 )
 from rightbatch.cli.output import answer_error, say
@@ -36,9 +37,9 @@ ENVIRONMENT_PREFIX = "RIGHTBATCH_"
 DEBUG_VARIABLE = "RIGHTBATCH_DEBUG"
 EXIT_USAGE, EXIT_BUG, EXIT_INTERRUPTED = 2, 70, 130
 
-_COMMANDS = ("find", "memory", "speed", "noise", "sweep", "show", "report", "doctor")
-_OF_WORKLOADS = (*PARTS, "sweep")
-"""Commands that load a workload, whose function may take arguments."""
+_OF_WORKLOADS = (*PARTS, "sweep", "train")
+"""The commands that load a workload, whose own arguments come after ``--``."""
+_COMMANDS = ("find", "memory", "speed", "noise", "sweep", "train", "show", "report", "doctor")
 _ARGUMENTS_HINT = "Arguments of the workload's own function come after `--`."
 _EPILOGUE = (
     "Options also come from RIGHTBATCH_* variables and from rightbatch.toml or [tool.rightbatch] in pyproject.toml; "
@@ -118,6 +119,20 @@ class Commands:
         from rightbatch.workload.source import WorkloadSource
 
         return sweep(WorkloadSource(workload, self._workload_arguments), wanted, running, output, repeat=self._repeat)
+
+    def train(
+        self,
+        workload: WorkloadSpec,
+        /,
+        *,
+        wanted: TrainOptions = TrainOptions(),  # noqa: B008
+        output: OutputOptions = OutputOptions(),  # noqa: B008
+    ) -> int:
+        """Train with a plan: exact accumulation, checkpoints, evaluation, a log and a report."""
+        from rightbatch.cli.train import train
+        from rightbatch.workload.source import WorkloadSource
+
+        return train(WorkloadSource(workload, self._workload_arguments), wanted, output, repeat=self._repeat)
 
     def show(
         self,

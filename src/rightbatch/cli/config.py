@@ -8,7 +8,15 @@ from pathlib import Path
 from cyclopts import App, ArgumentCollection
 from cyclopts.config import Dict
 
-from rightbatch.cli.options import FindOptions, MeasureOptions, MemoryOptions, OutputOptions, SweepOptions, SweepRunOptions
+from rightbatch.cli.options import (
+    FindOptions,
+    MeasureOptions,
+    MemoryOptions,
+    OutputOptions,
+    SweepOptions,
+    SweepRunOptions,
+    TrainOptions,
+)
 from rightbatch.errors import UsageError
 
 OWN_FILE = "rightbatch.toml"
@@ -19,7 +27,7 @@ KNOWN_KEYS = tuple(
     sorted(
         {
             field.name.replace("_", "-")
-            for kind in (OutputOptions, MeasureOptions, FindOptions, MemoryOptions, SweepOptions, SweepRunOptions)
+            for kind in (OutputOptions, MeasureOptions, FindOptions, MemoryOptions, SweepOptions, SweepRunOptions, TrainOptions)
             for field in fields(kind)
             if field.name != "config"
         }

@@ -160,6 +160,47 @@ class SweepRunOptions:
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """How to train."""
+
+    plan: Annotated[str | None, Parameter(metavar="RUN|SIZE")] = None
+    """Folder of a run of find, or a batch size; without it, the run that find would have made, else the workload's lr_batch_size."""
+    epochs: Annotated[float | None, Parameter(validator=Number(gt=0))] = None
+    """How long to train, in epochs."""
+    samples: Positive | None = None
+    """How long to train, in samples over all epochs and processes."""
+    target: str | None = None
+    """End as soon as the validation samples show it: "accuracy>=0.97" with any name for the workload's metric, or "loss<=0.1"."""
+    dynamic: Flag = False
+    """Let the batch size follow the gradient noise, where that is forecast to be worth it; needs the findings of a run."""
+    schedule: Annotated[str | None, Parameter(metavar="SPEC")] = None
+    """How the batch size changes with the samples: geometric:64..512@200000, milestones:0=64,100000=256, ..."""
+    resume: Flag = False
+    """Go on from the last checkpoint in the folder; what is not said again is as it was."""
+    fresh: Flag = False
+    """Start again in a folder that holds a training."""
+    out: Path | None = None
+    """Folder for log, checkpoints and report; without it, one below rightbatch-runs."""
+    checkpoint_every: Annotated[Duration, Parameter(show_default=lambda _: "60s")] = 60.0
+    """Time between checkpoints."""
+    evaluate_every: Positive | None = None
+    """Samples between evaluations; without it, one epoch."""
+    noise_every: NotNegative | None = None
+    """Measure the gradient noise on every so many steps, or never with 0; without it, where it costs and changes next to nothing."""
+    device: str = "auto"
+    """Where to train: auto (an accelerator if there is one), cpu, cuda, cuda:1, mps."""
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] | None = None
+    """Overrides the plan's and the workload's own precision."""
+    seed: NotNegative | None = None
+    """Seed of everything that is drawn; without it, 0."""
+    threads: Positive | None = None
+    """Threads torch computes with; without it, torch's default."""
+    config: Path | None = None
+    """Options as TOML; without it, the nearest rightbatch.toml or [tool.rightbatch] of pyproject.toml, upwards from here."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
 class ShowOptions:
     """What to show of a stored run."""
 

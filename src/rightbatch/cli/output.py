@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
     from rightbatch.records.plan import Findings
@@ -44,10 +44,22 @@ def answer_findings(findings: "Findings", *, as_json: bool) -> None:
         return
     from rightbatch.report.text import render_text
 
+    answer(render_text(findings, **text_layout()))
+
+
+class TextLayout(TypedDict):
+    """How a text report is laid out."""
+
+    width: int
+    colour: bool
+    now: datetime
+
+
+def text_layout() -> TextLayout:
+    """Return how a report is laid out on stdout as it is: a terminal, or a pipe."""
     terminal = sys.stdout.isatty()
     width = min(_WIDEST, shutil.get_terminal_size().columns) if terminal else _WIDTH_WITHOUT_TERMINAL
-    colour = terminal and not os.environ.get("NO_COLOR")
-    answer(render_text(findings, width=width, colour=colour, now=datetime.now(UTC)))
+    return {"width": width, "colour": terminal and not os.environ.get("NO_COLOR"), "now": datetime.now(UTC)}
 
 
 def _is_another_rank() -> bool:

@@ -14,47 +14,58 @@ if TYPE_CHECKING:
 
     from rightbatch.tuner.request import Progress
 
+BUDGET = "the budget used"
 _LINE_EVERY_FRACTION = 0.05
 
 
 class LineProgress:
-    """Writes a line when a stage begins, and again whenever another twentieth of the budget is used."""
+    """Writes a line when a stage begins, and again whenever another twentieth of the whole is done.
 
-    def __init__(self) -> None:
+    Args:
+        whole: What the fractions are of, in words.
+    """
+
+    def __init__(self, whole: str = BUDGET) -> None:
+        self._whole = whole
         self._stage = ""
         self._next_fraction = 0.0
 
     def update(self, stage: str, fraction: float, detail: str) -> None:
-        """Write the stage, the part of the budget that is used, and the detail, unless a line said nearly the same."""
+        """Write the stage, the part of the whole that is done, and the detail, unless a line said nearly the same."""
         if stage == self._stage and fraction < self._next_fraction:
             return
         self._stage, self._next_fraction = stage, fraction + _LINE_EVERY_FRACTION
         text = f"{stage}: {detail}" if detail else stage
-        say(f"{text} ({format_percent(fraction)} of the budget used)")
+        say(f"{text} ({format_percent(fraction)} of {self._whole})")
 
 
 class BarProgress:
-    """Draws a bar of the budget with the stage and the detail beside it."""
+    """Draws a bar of the whole with the stage and the detail beside it."""
 
     def __init__(self, bar: "RichProgress", task: "TaskID") -> None:
         self._bar = bar
         self._task = task
 
     def update(self, stage: str, fraction: float, detail: str) -> None:
-        """Move the bar to the part of the budget that is used."""
+        """Move the bar to the part of the whole that is done."""
         self._bar.update(self._task, completed=min(1.0, max(0.0, fraction)), description=stage, detail=detail)
 
 
 @contextmanager
-def show_progress(*, quiet: bool) -> "Iterator[Progress]":
-    """Give the tuner somewhere to say what it is doing, for as long as it works."""
+def show_progress(*, quiet: bool, whole: str = BUDGET) -> "Iterator[Progress]":
+    """Give the tuner or a training somewhere to say what it is doing, for as long as it works.
+
+    Args:
+        quiet: Whether to show nothing.
+        whole: What the fractions are of, in words.
+    """
     if quiet:
         from rightbatch.tuner.request import SilentProgress
 
         yield SilentProgress()
         return
     if not sys.stderr.isatty():
-        yield LineProgress()
+        yield LineProgress(whole)
         return
     from rich.console import Console
     from rich.markup import escape

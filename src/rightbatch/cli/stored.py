@@ -1,15 +1,20 @@
-"""The commands that read a run folder: show and report. They work without torch and without the device."""
+"""The commands that read the folder of a run, a training or a sweep: show and report. They work without torch and without the device."""
 
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rightbatch.cli.options import OutputOptions, ReportOptions, ShowOptions
-from rightbatch.cli.output import answer, answer_findings
+from rightbatch.cli.output import answer, answer_findings, text_layout
 from rightbatch.errors import RunFolderError, UsageError
+from rightbatch.records.sweep_folder import SweepFolder
+from rightbatch.records.training_run import TrainingFolder
 
 if TYPE_CHECKING:
     from rightbatch.records.plan import Findings
+    from rightbatch.records.sweep import SweepResult
+    from rightbatch.records.training_log import LogLine
+    from rightbatch.records.training_run import TrainingManifest
 
 
 def show(run: Path | None, showing: ShowOptions, output: OutputOptions) -> int:
@@ -28,8 +33,35 @@ def show(run: Path | None, showing: ShowOptions, output: OutputOptions) -> int:
         raise UsageError(
             "show needs a run folder, or --schema; give the folder that `rightbatch find` named, below rightbatch-runs by default."
         )
+    if TrainingFolder.is_at(run):
+        _show_training(run, showing, output)
+        return 0
+    if SweepFolder.is_at(run):
+        _show_sweep(run, showing, output)
+        return 0
     answer_findings(judge_again(run, goal=showing.goal), as_json=output.json)
     return 0
+
+
+def _show_training(run: Path, showing: ShowOptions, output: OutputOptions) -> None:
+    if showing.goal is not None:
+        raise UsageError(f"--goal judges measurements; got it for {run}, which holds a training; leave it out.")
+    from rightbatch.fits.training_result import training_result
+    from rightbatch.report.training import render_training_text
+
+    manifest, lines = read_training(run)
+    if output.json:
+        answer(training_result(manifest, lines).model_dump_json(indent=2))
+    else:
+        answer(render_training_text(manifest, lines, **text_layout()))
+
+
+def _show_sweep(run: Path, showing: ShowOptions, output: OutputOptions) -> None:
+    if showing.goal is not None:
+        raise UsageError(f"--goal judges measurements; got it for {run}, which holds a sweep; leave it out.")
+    from rightbatch.cli.sweep import answer_sweep
+
+    answer_sweep(read_sweep(run), as_json=output.json)
 
 
 def report(runs: tuple[Path, ...], writing: ReportOptions, output: OutputOptions) -> int:
@@ -50,16 +82,53 @@ def report(runs: tuple[Path, ...], writing: ReportOptions, output: OutputOptions
     from rightbatch.records.document import write_whole
     from rightbatch.records.record import SCHEMA_VERSION
     from rightbatch.records.run import REPORT_FILE
-    from rightbatch.report.html import render_html
 
     files = tuple(writing.output or run / REPORT_FILE for run in runs)
     for run, file in zip(runs, files, strict=True):
-        write_whole(file, render_html(judge_again(run)))
+        write_whole(file, _page_of(run))
     if output.json:
         answer(json.dumps({"schema_version": SCHEMA_VERSION, "reports": [str(file) for file in files]}, indent=2))
     else:
         answer("\n".join(str(file) for file in files))
     return 0
+
+
+def _page_of(run: Path) -> str:
+    if TrainingFolder.is_at(run):
+        from rightbatch.report.training import render_training_html
+
+        return render_training_html(*read_training(run))
+    if SweepFolder.is_at(run):
+        from rightbatch.report.sweep import render_sweep_html
+
+        return render_sweep_html(read_sweep(run))
+    from rightbatch.report.html import render_html
+
+    return render_html(judge_again(run))
+
+
+def read_training(run: Path) -> "tuple[TrainingManifest, tuple[LogLine, ...]]":
+    """Read what a training left: what was asked, and its log.
+
+    Raises:
+        RunFolderError: The folder cannot be read, or is no training's.
+    """
+    folder = TrainingFolder.open(run)
+    manifest = folder.read_manifest()
+    assert manifest is not None, "open saw the file"  # noqa: S101
+    return manifest, folder.read_lines()
+
+
+def read_sweep(run: Path) -> "SweepResult":
+    """Read what a sweep came to.
+
+    Raises:
+        RunFolderError: The folder cannot be read, or the sweep has not come to a result.
+    """
+    result = SweepFolder.open(run).read_result()
+    if result is None:
+        raise RunFolderError(f"the sweep in {run} has not come to a result yet; repeat the command that began it.")
+    return result
 
 
 def judge_again(run: Path, *, goal: str | None = None) -> "Findings":

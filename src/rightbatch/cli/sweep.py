@@ -1,23 +1,18 @@
 """The command that trains at several sizes: sweep."""
 
-import shutil
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rightbatch.cli.measure import ANSWERED, INCONCLUSIVE, answered_help
 from rightbatch.cli.options import OutputOptions, SweepOptions, SweepRunOptions
-from rightbatch.cli.output import answer, say, stdout_reserved
+from rightbatch.cli.output import answer, say, stdout_reserved, text_layout
 from rightbatch.cli.sweep_progress import show_sweep
 from rightbatch.errors import RunFolderError, UsageError
 
 if TYPE_CHECKING:
     from rightbatch.records.sweep import SweepResult
-    from rightbatch.sweep.request import SweepRequest
+    from rightbatch.sweeps.request import SweepRequest
     from rightbatch.workload.source import WorkloadSource
-
-_WIDEST = 100
-_WIDTH_WITHOUT_TERMINAL = 80
 
 
 def sweep(
@@ -39,7 +34,7 @@ def sweep(
     if answered_help(source):
         return ANSWERED
     request = build_request(wanted, running)
-    from rightbatch.sweep.driver import sweep as run_sweep
+    from rightbatch.sweeps.driver import sweep as run_sweep
 
     with stdout_reserved(), show_sweep(quiet=output.quiet) as progress:
         found = run_sweep(source, request, progress, command=_without_fresh(repeat))
@@ -55,7 +50,7 @@ def build_request(wanted: SweepOptions, running: SweepRunOptions) -> "SweepReque
         UsageError: An option is not of the form that it must have.
     """
     from rightbatch.records.training_log import TrainingTarget
-    from rightbatch.sweep.request import SweepRequest, parse_sizes
+    from rightbatch.sweeps.request import SweepRequest, parse_sizes
 
     if wanted.target is None:
         raise UsageError("sweep needs a target to train to; got none; pass --target 'accuracy>=0.97', for example.")
@@ -81,13 +76,10 @@ def answer_sweep(result: "SweepResult", *, as_json: bool) -> None:
     if as_json:
         answer(result.model_dump_json(indent=2))
         return
-    import os
-
     from rightbatch.report.sweep import render_sweep_text
 
-    terminal = sys.stdout.isatty()
-    width = min(_WIDEST, shutil.get_terminal_size().columns) if terminal else _WIDTH_WITHOUT_TERMINAL
-    answer(render_sweep_text(result, width=width, colour=terminal and not os.environ.get("NO_COLOR")))
+    layout = text_layout()
+    answer(render_sweep_text(result, width=layout["width"], colour=layout["colour"]))
 
 
 def exit_code(result: "SweepResult") -> int:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.live import Live
 
-    from rightbatch.sweep.request import SweepProgress, SweepStage
+    from rightbatch.sweeps.request import SweepProgress, SweepStage
 
 
 class LineSweep:
@@ -49,7 +49,7 @@ def drawn(stage: "SweepStage") -> "RenderableType":
     from rich.progress_bar import ProgressBar
     from rich.text import Text
 
-    from rightbatch.sweep.words import spec_words
+    from rightbatch.sweeps.words import spec_words
 
     lines = [Text(f"running: {spec_words(spec)}") for spec in stage.running]
     best = [Text(stage.best)] if stage.best else []
@@ -60,7 +60,7 @@ def drawn(stage: "SweepStage") -> "RenderableType":
 def show_sweep(*, quiet: bool) -> "Iterator[SweepProgress]":
     """Give a sweep somewhere to say how it goes, for as long as it runs."""
     if quiet:
-        from rightbatch.sweep.request import SilentSweep
+        from rightbatch.sweeps.request import SilentSweep
 
         yield SilentSweep()
         return

@@ -11,8 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rightbatch.engine.late_values import LateValues
 from rightbatch.engine.losses import Weight
-from rightbatch.errors import UsageError
+from rightbatch.engine.ranks import RankError, Store
+from rightbatch.errors import NothingFitsError, UsageError
 
+_FAILURE = "rightbatch/step_failure"
 _READ_AFTER = 2
 """Steps after which the host reads what was summed: by then the device has long computed it."""
 
@@ -46,8 +48,16 @@ def find_wrapper(model: nn.Module, *, needed_by: str) -> DistributedDataParallel
     return None
 
 
+def _meeting() -> Store:
+    """The store at which the processes met."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    store: Store = _get_default_store()
+    return store
+
+
 @dataclass(frozen=True)
-class WindowSums:
+class ExchangedSums:
     """Sums over the ranks of one window, on their way.
 
     Attributes:
@@ -69,13 +79,23 @@ class DataParallel:
 
     Args:
         wrapper: The model's wrapper.
+
+    Raises:
+        UsageError: The wrapper cannot accumulate.
     """
 
     def __init__(self, wrapper: DistributedDataParallel) -> None:
+        if wrapper.static_graph:
+            raise UsageError(
+                "gradients are accumulated in no_sync, which static_graph=True does not allow in torch itself; got a model wrapped so; "
+                "wrap it without."
+            )
         self._wrapper = wrapper
-        self._sent: deque[WindowSums] = deque()
+        self._sent: deque[ExchangedSums] = deque()
         self._late = LateValues()
         self._device = next(wrapper.parameters()).device
+        self.counted_per_sample: Weight = 1.0
+        """What a step counted for each sample in the last window, over all ranks; 1 before."""
         self.has_shrunk = False
         """Whether this rank made its micro-batches smaller since it last told the others."""
 
@@ -100,15 +120,17 @@ class DataParallel:
         """Whether forward passes exchange statistics, so that no rank can run one more of them than the others."""
         return any(isinstance(module, nn.SyncBatchNorm) for module in self._wrapper.modules())
 
-    def begin_window(self, weight: Weight) -> WindowSums:
+    def begin_window(self, weight: Weight) -> ExchangedSums:
         """Do what the ranks do together once in a window, before anything that may have to be repeated.
 
-        Buffers are copied from rank 0, as the wrapper does before a forward pass after each reduction; its own passes in this window
-        then leave that out.
+        The wrapper settles its buckets once, and copies buffers from rank 0 after each reduction, both before a forward pass; here they are
+        done before, and its own passes in this window leave them out.
 
         Args:
             weight: This rank's weight of the window.
         """
+        if torch.is_grad_enabled():
+            self._wrapper.reducer._rebuild_buckets()  # noqa: SLF001  # so do its first passes; a second try would be one too many
         if self._wrapper.will_sync_module_buffers():  # type: ignore[no-untyped-call]
             self._wrapper._sync_buffers()  # type: ignore[no-untyped-call]  # noqa: SLF001  # what its forward pass calls
         self._wrapper.require_forward_param_sync = False
@@ -132,12 +154,46 @@ class DataParallel:
         torch.distributed.all_reduce(vector, torch.distributed.ReduceOp.MIN, group=self._wrapper.process_group)
         return int(vector.item())
 
-    def mean_weight(self, weight: Weight) -> Weight:
-        """Return the mean of the ranks' weights."""
-        total = self._sum([weight]).weight()
-        return total / self.ranks
+    @contextlib.contextmanager
+    def failure_shared(self) -> Iterator[None]:
+        """Within, tell the other ranks that not even one sample fits here, and say so where an exchange breaks off because of that.
 
-    def _sum(self, values: Sequence[Weight]) -> WindowSums:
+        The others wait in an exchange for this rank until its process ends.
+
+        Raises:
+            RankError: Another rank gave up.
+        """
+        try:
+            yield
+        except (NothingFitsError, MemoryError, torch.OutOfMemoryError) as error:
+            with contextlib.suppress(RuntimeError):
+                _meeting().set(_FAILURE, f"rank {torch.distributed.get_rank()}: {error}")
+            raise
+        except RuntimeError as error:
+            told = None
+            with contextlib.suppress(RuntimeError):  # the rank that held the store may have gone
+                told = _meeting().get(_FAILURE).decode() if _meeting().check([_FAILURE]) else None
+            if told is None:
+                raise
+            raise RankError(f"all ranks must take the same steps; one gave up, {told}") from error
+
+    def mean_weight(self, weight: Weight, assumed: Weight) -> Weight:
+        """Return the mean of the ranks' weights, after a window that took another for it.
+
+        Args:
+            weight: This rank's.
+            assumed: What all ranks took for the mean; the next windows assume as much for each sample as this one turned out to have.
+        """
+        mean = self._sum([weight]).weight() / self.ranks
+        if isinstance(mean, Tensor) or isinstance(assumed, Tensor):
+            before = torch.as_tensor(self.counted_per_sample, device=self._device)
+            likely = before * (mean / assumed)
+            self.counted_per_sample = torch.where(likely > 0, likely, before)
+        elif mean > 0 and assumed > 0:
+            self.counted_per_sample = self.counted_per_sample * mean / assumed
+        return mean
+
+    def _sum(self, values: Sequence[Weight]) -> ExchangedSums:
         numbers = torch.tensor([0.0 if isinstance(value, Tensor) else value for value in values], dtype=torch.float64)
         vector = (numbers.pin_memory() if self._device.type == "cuda" else numbers).to(self._device, non_blocking=True)
         for index, value in enumerate(values):
@@ -145,7 +201,7 @@ class DataParallel:
                 vector[index] = value
         work = torch.distributed.all_reduce(vector, group=self._wrapper.process_group, async_op=True)
         assert work is not None, "this process belongs to its own group"  # noqa: S101
-        return WindowSums(vector, work)
+        return ExchangedSums(vector, work)
 
     def alone(self) -> contextlib.AbstractContextManager[None]:
         """Within, forward and backward passes exchange nothing."""

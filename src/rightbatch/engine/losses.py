@@ -48,6 +48,8 @@ class PartLoss:
             return value * _ratio(weight if self.is_mean else 1.0, total, value)
         if self.weight == 0:
             return self.value.nan_to_num(0.0, 0.0, 0.0) * 0.0
+        if self.is_mean and not isinstance(total, Tensor) and self.weight == total:
+            return self.value  # alone in its window; a sum is divided at every size, so that steps of all sizes do the same
         return self.value * _ratio(self.weight if self.is_mean else 1.0, total, self.value)
 
 
@@ -84,9 +86,14 @@ def part_weight(objective: Objective, batch: Batch) -> Weight | None:
     _, target = _taken_apart(batch)
     if any(tensor.device.type == "meta" for tensor in tensors_of(target)):
         return float(sample_count(batch))  # without data there is nothing to count, and only the shapes matter
-    with _disable_current_modes():  # a recording of a step's memory shows the step, not what is counted on the host before it
-        weight = objective.loss_weight(target)
+    weight = objective.loss_weight(target)
     return weight if isinstance(weight, Tensor) and weight.device.type != "cpu" else float(weight)
+
+
+def unrecorded_weight(objective: Objective, batch: Batch) -> Weight | None:
+    """Return a micro-batch's weight, unseen by who records the step: a training counts on the host, before the batch is on the device."""
+    with _disable_current_modes():
+        return part_weight(objective, batch)
 
 
 def part_loss(objective: Objective, model: nn.Module, batch: Batch, weight: Weight | None = None) -> PartLoss:
@@ -108,7 +115,7 @@ def part_loss(objective: Objective, model: nn.Module, batch: Batch, weight: Weig
         assert objective.loss is not None, "an objective has a loss or a step"  # noqa: S101
         loss = objective.loss(model(*inputs), target)
         if weight is None:
-            weight = part_weight(objective, batch)
+            weight = unrecorded_weight(objective, batch)
         assert weight is not None, "a loss's weight is known without a step"  # noqa: S101
         return _weighted(objective, loss, batch, weight)
 

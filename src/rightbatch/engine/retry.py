@@ -11,15 +11,26 @@ import logging
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from operator import is_not
 
 import torch
 from torch import Tensor, nn
 
 from rightbatch.engine.data_parallel import DataParallel
-from rightbatch.engine.losses import Weight, part_loss, part_weight
+from rightbatch.engine.losses import part_loss, part_weight
 from rightbatch.engine.out_of_memory import is_out_of_memory
-from rightbatch.engine.step import StepResult, Trainee, Window, WindowSums, backward_window, clear_gradients, conclude_window, scaled
+from rightbatch.engine.step import (
+    StepResult,
+    Trainee,
+    Window,
+    WindowSums,
+    backward_window,
+    clear_gradients,
+    conclude_window,
+    scaled,
+    window_weights,
+)
 from rightbatch.errors import NothingFitsError
 from rightbatch.workload.ingredients import Batch, sample_count
 from rightbatch.workload.splitting import split_batch
@@ -78,6 +89,10 @@ class _Arrivals:
     def begin(self, parameters: Sequence[nn.Parameter]) -> None:
         self.seen = [(p, p.grad, -1 if p.grad is None else p.grad._version) for p in parameters]  # noqa: SLF001  # torch's documented counter
 
+    def forget(self) -> None:
+        """Hold no gradient longer than its step does."""
+        self.seen = []
+
     def missing(self) -> list[nn.Parameter]:
         return [p for p, before, version in self.seen if p.grad is before and (before is None or before._version == version)]  # noqa: SLF001
 
@@ -118,17 +133,20 @@ class PatientBackward:
         while True:
             clear_gradients(self.trainee)
             sums = WindowSums()
-            if self._attempt(lambda window=window, sums=sums: backward_window(self.trainee, window, sums)):  # type: ignore[misc]
-                return conclude_window(self.trainee, window, sums)
-            _let_go()
-            if parallel is not None and parallel.is_armed:
+            is_complete = self._attempt(partial(backward_window, self.trainee, window, sums))
+            if not is_complete:
+                _let_go()
+            if not is_complete and parallel is not None and parallel.is_armed:
                 self._finish(window, sums, parallel)
+                is_complete = True
+            if is_complete:
+                self._arrivals.forget()
                 return conclude_window(self.trainee, window, sums)
-            self._shrink(window.micro_batches[0])
+            self._shrink(window.micro_batches)
             self._start.restore()
             self.forget()
             micro_batches = split_batch(batch, self.micro_batch_size)
-            weights = None if window.weights is None else _weights(self.trainee, micro_batches)
+            weights = window_weights(self.trainee.objective, micro_batches)
             window = replace(window, micro_batches=micro_batches, weights=weights)
 
     def before_last(self) -> None:
@@ -146,8 +164,8 @@ class PatientBackward:
             return False
         return True
 
-    def _shrink(self, largest: Batch) -> None:
-        failed = sample_count(largest)
+    def _shrink(self, micro_batches: Sequence[Batch]) -> None:
+        failed = max(map(sample_count, micro_batches))
         parallel = self.trainee.parallel
         if failed == 1 or (parallel is not None and parallel.couples_ranks):
             raise self._nothing_fits(failed)
@@ -176,7 +194,7 @@ class PatientBackward:
         """Complete a window whose last micro-batch ran out of memory after the wrapper had begun to wait for its gradients."""
         missing = self._arrivals.missing()
         whole = window.micro_batches[-1]
-        self._shrink(whole)
+        self._shrink([whole])
         while True:
             self._before_last.restore()
             part_sums = replace(sums)
@@ -186,7 +204,7 @@ class PatientBackward:
             if self._attempt(job.run):
                 break
             _let_go()
-            self._shrink(parts[0])
+            self._shrink(parts)
         sums.loss, sums.weight, sums.samples = part_sums.loss, part_sums.weight, part_sums.samples
         parallel.finish_backward([(p, gradient) for p, gradient in zip(missing, gradients, strict=True) if gradient is not None])
 
@@ -209,20 +227,16 @@ class _Rest:
             batch = self.place(host_part)
             known = None if self.window.weights is None else part_weight(self.trainee.objective, host_part)
             part = part_loss(self.trainee.objective, self.model, batch, known)
-            share = part.share(self.window.total)
+            samples = sample_count(batch)
+            share, _ = self.sums.share_of(part, len(self.parts), samples)
             added: tuple[Tensor | None, ...] = ()
             if self.missing:
                 added = torch.autograd.grad(scaled(self.trainee, share), self.missing, allow_unused=True)
             for index, gradient in enumerate(added):
                 before = self.gradients[index]
                 self.gradients[index] = gradient if before is None else before if gradient is None else before + gradient
-            self.sums.add(share, part.weight, sample_count(batch))
+            self.sums.add(share, part.weight, samples)
             del share, part, batch, added
-
-
-def _weights(trainee: Trainee, micro_batches: Sequence[Batch]) -> list[Weight]:
-    weights = [part_weight(trainee.objective, batch) for batch in micro_batches]
-    return [weight for weight in weights if weight is not None]
 
 
 def _let_go() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from rightbatch.engine.data_parallel import DataParallel
-from rightbatch.engine.losses import PartLoss, Weight, part_loss, part_weight
+from rightbatch.engine.losses import PartLoss, Weight, part_loss, part_weight, unrecorded_weight
 from rightbatch.workload.ingredients import Batch, sample_count
 from rightbatch.workload.objective import Objective
 
@@ -85,7 +85,8 @@ class Window:
     Attributes:
         micro_batches: One or more batches, of equal size or not.
         weights: Of each, where they are known before the forward pass.
-        total: Weight that the losses are divided by: the window's over all ranks, over the number of ranks.
+        total: Weight that the losses are divided by: the window's over all ranks, over the number of ranks; none where a step says it
+            later, then what the first micro-batch suggests is taken, and put right at the end.
         place: Moves a micro-batch to the device when it is due.
         watch: Watches each backward pass.
         before_last: Called before the last micro-batch, the one whose backward pass reduces the gradients over the ranks.
@@ -93,7 +94,7 @@ class Window:
 
     micro_batches: Sequence[Batch]
     weights: Sequence[Weight] | None
-    total: Weight
+    total: Weight | None
     place: Callable[[Batch], Batch] = _as_it_is
     watch: Watch | None = None
     before_last: Callable[[], None] | None = None
@@ -101,15 +102,17 @@ class Window:
     @classmethod
     def of(cls, objective: Objective, micro_batches: Sequence[Batch]) -> "Window":
         """Return the window of micro-batches that are on the device, of a single rank."""
-        weights = window_weights(objective, micro_batches)
-        return cls(micro_batches=micro_batches, weights=weights, total=expected_weight(weights, micro_batches))
+        weights = window_weights(objective, micro_batches, unrecorded_weight)
+        return cls(micro_batches=micro_batches, weights=weights, total=None if weights is None else expected_weight(weights, micro_batches))
 
 
-def window_weights(objective: Objective, micro_batches: Sequence[Batch]) -> list[Weight] | None:
+def window_weights(
+    objective: Objective, micro_batches: Sequence[Batch], weight_of: Callable[[Objective, Batch], Weight | None] = part_weight
+) -> list[Weight] | None:
     """Return the micro-batches' weights; none where a step says them only after its forward pass."""
     if objective.step is not None:
         return None
-    weights = [part_weight(objective, batch) for batch in micro_batches]
+    weights = [weight_of(objective, batch) for batch in micro_batches]
     return [weight for weight in weights if weight is not None]
 
 
@@ -141,14 +144,30 @@ class WindowSums:
     """What the micro-batches of a window have come to so far.
 
     Attributes:
-        loss: Sum of the losses, divided by the window's total weight; none before the first.
+        total: What the losses are divided by; none until it is known.
+        loss: Sum of the losses, divided by the total; none before the first.
         weight: Sum of the weights.
         samples: Number of samples.
     """
 
+    total: Weight | None = None
     loss: Tensor | None = None
     weight: Weight = 0.0
     samples: int = 0
+
+    def share_of(self, part: PartLoss, micro_batches: int, samples: int) -> tuple[Tensor, Weight]:
+        """Return a micro-batch's share of the window's mean loss, and the total.
+
+        Args:
+            part: The micro-batch's loss.
+            micro_batches: How many like it the window has.
+            samples: Its samples.
+        """
+        if self.total is None:
+            weight = part.weight
+            likely = torch.where(weight > 0, weight, samples) if isinstance(weight, Tensor) else weight or float(samples)
+            self.total = likely * micro_batches
+        return part.share(self.total), self.total
 
     def add(self, share: Tensor, weight: Weight, samples: int) -> None:
         """Take in a micro-batch."""
@@ -167,6 +186,7 @@ def backward_window(trainee: Trainee, window: Window, sums: WindowSums) -> None:
         sums: Takes in each micro-batch whose backward pass is complete.
     """
     last = len(window.micro_batches) - 1
+    sums.total = window.total
     for index, micro_batch in enumerate(window.micro_batches):
         if index == last and window.before_last is not None:
             window.before_last()
@@ -175,12 +195,8 @@ def backward_window(trainee: Trainee, window: Window, sums: WindowSums) -> None:
         part_samples = sample_count(batch)
         with trainee.parallel.alone() if trainee.parallel is not None and index < last else contextlib.nullcontext():
             part = part_loss(trainee.objective, trainee.model, batch, known)
-            share = part.share(window.total)
-            with (
-                contextlib.nullcontext()
-                if window.watch is None
-                else window.watch(part_samples, _relative(part, window.total, part_samples))
-            ):
+            share, total = sums.share_of(part, last + 1, part_samples)
+            with contextlib.nullcontext() if window.watch is None else window.watch(part_samples, _relative(part, total, part_samples)):
                 _backward(trainee, share, part.weight)
         sums.add(share, part.weight, part_samples)
         del share, part, batch  # else they would be held during the next micro-batch
@@ -189,9 +205,10 @@ def backward_window(trainee: Trainee, window: Window, sums: WindowSums) -> None:
 def conclude_window(trainee: Trainee, window: Window, sums: WindowSums) -> StepResult:
     """Divide by the true weight where it was not known before the window, and return what the window came to."""
     assert sums.loss is not None, "a window has a micro-batch"  # noqa: S101
+    assert sums.total is not None, "known since the first of them"  # noqa: S101
     if window.weights is None:
-        _correct_total(trainee, sums.weight, window.total)
-    return StepResult(mean_loss=_over_own(sums.loss, window.total, sums.weight), samples=sums.samples, weight=sums.weight)
+        _correct_total(trainee, sums.weight, sums.total)
+    return StepResult(mean_loss=_over_own(sums.loss, sums.total, sums.weight), samples=sums.samples, weight=sums.weight)
 
 
 def scaled(trainee: Trainee, loss: Tensor) -> Tensor:
@@ -217,7 +234,7 @@ def _relative(part: PartLoss, total: Weight, samples: int) -> float:
 
 def _correct_total(trainee: Trainee, own: Weight, assumed: Weight) -> None:
     """Divide by the true weight of a window whose step said it only after the losses were divided by an assumed one."""
-    total = own if trainee.parallel is None else trainee.parallel.mean_weight(own)
+    total = own if trainee.parallel is None else trainee.parallel.mean_weight(own, assumed)
     if not isinstance(total, Tensor) and not isinstance(assumed, Tensor) and total in (assumed, 0):
         return
     gradients = [parameter.grad for parameter in trainee.parameters if parameter.grad is not None]

@@ -4,7 +4,6 @@ Symbols: B simple noise scale, x samples seen, X those of the whole run, u = log
 """
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,29 +22,16 @@ CELLS = 48
 _BEGINNING = 0.01
 """x0 over X: the power law starts there."""
 _WAVE_SD = 0.6
-"""Spread of log B about the power law: on a digits CNN it fell to a fifth of its first value before it rose (theory page)."""
+"""Spread of log B about the power law: on a digits CNN it fell to a fifteenth of its first value before it rose (theory page)."""
 _WAVE_LENGTH = 1.0
 """In u: over which the course stays on one side of the power law."""
 _MOMENT_LOG_SD = math.log(1.5)
-"""How far one moment of one run lies from the course of runs like it: two seeds differed by 1.4 in the median (theory page)."""
+"""How far one moment of one run lies from the course of runs like it: two seeds differed by 1.5 times in the median (theory page)."""
 _LEVEL_SD = 20.0
 _JITTER = 1e-9
 
 
-@dataclass(frozen=True)
-class NoiseCourse:
-    """Draws of the noise scale along a run: rows are draws, columns are equal parts of the run, by samples seen."""
-
-    noise_scale: FloatArray
-    total_samples: int
-
-    @property
-    def growth(self) -> FloatArray:
-        """Noise scale of the last part over that of the first, one number a draw."""
-        return np.asarray(self.noise_scale[:, -1] / self.noise_scale[:, 0])
-
-
-def draw_noise_course(noise: NoiseScale, total_samples: int, rng: np.random.Generator, n_draws: int) -> NoiseCourse | None:
+def draw_noise_course(noise: NoiseScale, total_samples: int, rng: np.random.Generator, n_draws: int) -> FloatArray | None:
     """Draw log B(x) = level + slope u + wave(u) given the snapshots: a Gaussian process.
 
     The slope's prior says what is believed of growth beyond a pilot of x_p samples: B averaged over x in [0, X] is (X / x_p)^slope times
@@ -59,7 +45,7 @@ def draw_noise_course(noise: NoiseScale, total_samples: int, rng: np.random.Gene
         n_draws: Rows.
 
     Returns:
-        None when nothing is known of the noise.
+        B of each of ``CELLS`` equal parts of the run, by samples seen, shape (n_draws, cells); none when nothing is known of the noise.
 
     Source:
         Rasmussen and Williams, Gaussian Processes for Machine Learning (2006), sections 2.2 and 2.7 (explicit basis functions).
@@ -83,7 +69,7 @@ def draw_noise_course(noise: NoiseScale, total_samples: int, rng: np.random.Gene
     mean = slope * u[n:] + gain @ (log_noise - slope * u[:n])
     posterior = covariance[n:, n:] - gain @ covariance[:n, n:]
     root = np.linalg.cholesky(posterior + _JITTER * _LEVEL_SD**2 * np.eye(CELLS))
-    return NoiseCourse(np.exp(mean[None, :] + rng.standard_normal((n_draws, CELLS)) @ root.T), total_samples)
+    return np.asarray(np.exp(mean[None, :] + rng.standard_normal((n_draws, CELLS)) @ root.T))
 
 
 def _slope_prior(pilot_samples: int, total_samples: int) -> tuple[float, float]:

@@ -11,12 +11,21 @@ import numpy as np
 from rightbatch.fits.batch_schedule import friendly_size, setting_at
 from rightbatch.fits.critical_batch import CALIBRATION_LOG_SD, CALIBRATION_MEDIAN
 from rightbatch.fits.intervals import FloatArray, normal_draws
-from rightbatch.fits.noise_course import draw_noise_course
+from rightbatch.fits.noise_course import CELLS, draw_noise_course
 from rightbatch.fits.schedule_costs import IntArray, RunDraws
 from rightbatch.fits.tradeoff import N_DRAWS, CostDraws, draw_costs, step_time_at, summarise
 from rightbatch.records.estimates import Estimate, NoiseScale, Status, StepTimeCurve
 from rightbatch.records.plan import Findings
-from rightbatch.records.schedule import BatchSchedule, NoiseAdaptive, ScheduleForecast
+from rightbatch.records.schedule import (
+    BatchSchedule,
+    ConstantSize,
+    GeometricGrowth,
+    GrowthForDecay,
+    LinearGrowth,
+    MilestoneSizes,
+    NoiseAdaptive,
+    ScheduleForecast,
+)
 from rightbatch.units import format_number, format_percent
 
 WORTH_IT = 0.95
@@ -42,6 +51,9 @@ def forecast_schedule(
     optimal b and the affine law this is the integral of (sqrt(t0) + sqrt(c B / tau))^2 over that minimum. The noise-adaptive kind counts as
     well calibrated as its c is against the belief's median: an error of c would mislead the choice of a fixed size as much.
 
+    Growth that stands for a decay of the rate is compared with the size that it starts with and the rate divided instead: by Smith et al.
+    both need the same samples, so that only the seconds of a sample count.
+
     Args:
         findings: Of ``find``: step time, noise, bounds and plan.
         schedule: What is forecast.
@@ -54,13 +66,13 @@ def forecast_schedule(
         ``INDETERMINATE`` when the noise or the step time is unknown, or the loss couples the samples of a batch.
 
     Source:
-        McCandlish et al. 2018, arXiv:1812.06162, appendix D; docs/theory/dynamic_batch.md.
+        McCandlish et al. 2018, arXiv:1812.06162, appendix D; Smith et al. 2018, arXiv:1711.00489; docs/theory/dynamic_batch.md.
     """
     rng = np.random.default_rng(rng_seed)
     noise, step_time = noise or findings.noise_scale, step_time or findings.step_time
     plan = findings.recommendation.plan
-    if noise is None or step_time is None or plan is None:
-        return _nothing("Without a noise scale, a step time and a plan nothing can be forecast: run find with all of its parts.")
+    if step_time is None or plan is None:
+        return _nothing("Without a step time and a plan nothing can be forecast: run find with all of its parts.")
     if findings.workload.couples_samples:
         return _nothing("The loss couples the samples of a batch: another size is another objective, which no forecast compares.")
     costs = draw_costs(
@@ -72,30 +84,56 @@ def forecast_schedule(
         constraints=findings.constraints,
         rng=rng,
     )
-    course = draw_noise_course(noise, total_samples, rng, N_DRAWS)
-    if costs is None or course is None:
-        return _nothing("The gradient noise says nothing yet, or no size may be timed: measure longer, with --budget.")
+    if costs is None:
+        return _nothing("No timed size is allowed: raise --max-batch or the limit.")
+    if isinstance(schedule, GrowthForDecay):
+        return _forecast_growth(costs, schedule, total_samples)
+    course = None if noise is None else draw_noise_course(noise, total_samples, rng, N_DRAWS)
+    if course is None:
+        return _nothing("The gradient noise is not known: measure longer, with --budget.")
     calibration = CALIBRATION_MEDIAN * np.exp(CALIBRATION_LOG_SD * normal_draws(rng, N_DRAWS))
     sizes = _sizes(costs, schedule)
-    run = RunDraws.along(
-        calibration[:, None] * course.noise_scale,
-        plan.global_batch_size,
-        total_samples,
-        sizes,
-        np.column_stack([step_time_at(costs, round(size)) for size in sizes]),
-    )
+    step_time_s = np.column_stack([step_time_at(costs, round(size)) for size in sizes])
+    run = RunDraws.along(calibration[:, None] * course, plan.global_batch_size, total_samples, sizes, step_time_s)
     if findings.branches is not None and findings.tradeoff is not None:
         rows = _drawn_again(run, findings.tradeoff.critical_batch_size, rng)
         run = replace(run, critical=run.critical[rows], progress=run.progress[rows])
-        calibration, course = calibration[rows], replace(course, noise_scale=course.noise_scale[rows])
+        calibration = calibration[rows]
     if isinstance(schedule, NoiseAdaptive):
         chosen = run.by_noise(schedule, schedule.calibration / float(np.median(calibration)))
     else:
         chosen = run.by_samples(schedule)
-    return _forecast(run, chosen, course.growth)
+    return _forecast(run, chosen)
 
 
-def _forecast(run: RunDraws, chosen: IntArray, growth: FloatArray) -> ScheduleForecast:
+def _forecast_growth(costs: CostDraws, schedule: GrowthForDecay, total_samples: int) -> ScheduleForecast:
+    """Growth that stands for a decay needs the samples of the decay, so that only the seconds of a sample differ."""
+    positions = (np.arange(CELLS) + 0.5) / CELLS * total_samples
+    sizes = [setting_at(schedule, int(position)).global_batch_size for position in positions]
+    sample_s = {size: step_time_at(costs, size) / size for size in {*sizes, schedule.start}}
+    relative_time = summarise(np.mean([sample_s[size] for size in sizes], axis=0) / sample_s[schedule.start])
+    ratio = relative_time.value or math.nan
+    worth_it = ratio <= WORTH_IT
+    verdict = "Worth it" if worth_it else "Not worth it"
+    why = "as many samples by assumption, and fewer steps" if ratio <= 1 else "as many samples by assumption, and larger steps are slower"
+    return ScheduleForecast(
+        status=Status.OK,
+        relative_time=relative_time,
+        relative_samples=Estimate(value=1.0, low=None, high=None, n=0),
+        worth_it=worth_it,
+        best_fixed_size=schedule.start,
+        first_size=sizes[0],
+        last_size=sizes[-1],
+        noise_growth=Estimate(value=None, low=None, high=None, n=0, status=Status.INDETERMINATE),
+        reasons=(f"{verdict}: {_saved(ratio)} size {schedule.start} with the rate divided: {why}.",),
+    )
+
+
+def _saved(ratio: float) -> str:
+    return f"{format_percent(abs(1 - ratio))} {'less' if ratio <= 1 else 'more'} time than"
+
+
+def _forecast(run: RunDraws, chosen: IntArray) -> ScheduleForecast:
     time_s, samples = run.scheduled(chosen)
     fixed_time_s, fixed_samples = run.fixed()
     best = fixed_time_s.argmin(axis=1)
@@ -104,7 +142,7 @@ def _forecast(run: RunDraws, chosen: IntArray, growth: FloatArray) -> ScheduleFo
     overall = int((fixed_time_s / fixed_time_s.min(axis=1, keepdims=True)).mean(axis=0).argmin())
     worth_it = (relative_time.value or math.inf) <= WORTH_IT
     first, last = (round(float(np.median(run.sizes[chosen[:, at]]))) for at in (0, -1))
-    growth_estimate = _median(growth)
+    growth = _median(run.critical[:, -1] / run.critical[:, 0])
     return ScheduleForecast(
         status=Status.OK,
         relative_time=relative_time,
@@ -113,18 +151,17 @@ def _forecast(run: RunDraws, chosen: IntArray, growth: FloatArray) -> ScheduleFo
         best_fixed_size=round(run.sizes[overall]),
         first_size=first,
         last_size=last,
-        noise_growth=growth_estimate,
-        reasons=_reasons(run, relative_time, growth_estimate, (first, last), worth_it=worth_it),
+        noise_growth=growth,
+        reasons=_reasons(run, relative_time, growth, (first, last), worth_it=worth_it),
     )
 
 
 def _reasons(run: RunDraws, relative_time: Estimate, growth: Estimate, ends: tuple[int, int], *, worth_it: bool) -> tuple[str, ...]:
     ratio, grows = relative_time.value or math.nan, growth.value or math.nan
-    saved = f"{format_percent(abs(1 - ratio))} {'less' if ratio <= 1 else 'more'} time than the best fixed size"
+    saved = f"{_saved(ratio)} the best fixed size"
     if worth_it:
-        return (
-            f"Worth it: {saved}, because the noise scale grows {format_number(grows)}-fold and the size with it, {ends[0]} to {ends[1]}.",
-        )
+        change = f"the noise scale changes by a factor of {format_number(grows)} over the run"
+        return (f"Worth it: {saved}, because {change} and the size follows it, {ends[0]} to {ends[1]}.",)
     reasons = [f"Not worth it: {saved}."]
     ideal_time_s, _ = run.scheduled(best := run.best())
     ideal = float((ideal_time_s / run.fixed()[0].min(axis=1)).mean())
@@ -169,15 +206,11 @@ def _sizes(costs: CostDraws, schedule: BatchSchedule) -> FloatArray:
 
 def _ends(schedule: BatchSchedule) -> tuple[int, ...]:
     """Sizes that a schedule takes beside those between them; none of a noise-adaptive one, whose bounds it may never see."""
-    if isinstance(schedule, NoiseAdaptive):
-        return ()
-    if schedule.kind == "constant":
+    if isinstance(schedule, ConstantSize):
         return (schedule.global_batch_size,)
-    if schedule.kind == "milestones":
+    if isinstance(schedule, MilestoneSizes):
         return tuple(size for _, size in schedule.milestones)
-    if schedule.kind == "grow":
-        return schedule.start, setting_at(schedule, schedule.at_samples[-1]).global_batch_size
-    return schedule.start, schedule.stop
+    return (schedule.start, schedule.stop) if isinstance(schedule, LinearGrowth | GeometricGrowth) else ()
 
 
 def _median(draws: FloatArray) -> Estimate:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 
@@ -74,12 +75,18 @@ def tune(settings: SweepSettings, trials: Sequence[TrialResult], size: int) -> T
     return Tuned(size, lr, ordered, is_complete=len(ordered) == settings.seeds)
 
 
-def probes_of(settings: SweepSettings, trials: Sequence[TrialResult]) -> tuple[TrainingProbe, ...]:
-    """Return what the trials say of samples by size: those at the best rate of each size; where none arrived, how far they got."""
+def probes_of(settings: SweepSettings, trials: Sequence[TrialResult], *, is_complete: bool) -> tuple[TrainingProbe, ...]:
+    """Return what the trials say of samples by size: those at the best rate of each size; where not all seeds arrived, how far they got.
+
+    Args:
+        settings: Of the sweep.
+        trials: In any order.
+        is_complete: Whether no trial is left to run; until then seeds that are missing may still arrive.
+    """
     probes: list[TrainingProbe] = []
     for size in settings.sizes:
         tuned = tune(settings, trials, size)
-        if tuned is not None:
+        if tuned is not None and (tuned.is_complete or not is_complete):
             probes += [
                 TrainingProbe(global_batch_size=size, lr=tuned.lr, seed=trial.spec.seed, outcome=ProbeOutcome.REACHED, samples=samples)
                 for trial, samples in zip(tuned.trials, tuned.samples, strict=True)
@@ -131,10 +138,12 @@ def fit_sweep(
         plan: What `find` recommended; none leaves its regret out.
     """
     found = {size: tune(settings, trials, size) for size in settings.sizes}
-    tuned = [entry for entry in found.values() if entry is not None]
+    tuned = [entry for entry in found.values() if entry is not None and (entry.is_complete or not is_complete)]
     scale = _Scale(tuned, step_times_s)
     hyperbola = fit_hyperbola([entry.size for entry in tuned], [entry.samples for entry in tuned])
-    robust, band = robust_curve(probes_of(settings, trials), middle=settings.first_size, rng=np.random.default_rng(0))
+    robust, band = robust_curve(
+        probes_of(settings, trials, is_complete=is_complete), middle=settings.first_size, rng=np.random.default_rng(0)
+    )
     best = min(tuned, key=scale.seconds, default=None)
     rule, rates = _rule_rates(settings, workload, tuned)
     statuses = Counter(trial.status for trial in trials)
@@ -144,7 +153,10 @@ def fit_sweep(
         workload=workload,
         settings=settings,
         device_name=device_name,
-        points=tuple(_point(settings, trials, size, found[size], scale, is_complete=is_complete) for size in settings.sizes),
+        points=tuple(
+            _point(settings, trials, size, next((entry for entry in tuned if entry.size == size), None), scale, is_complete=is_complete)
+            for size in settings.sizes
+        ),
         best_size=None if best is None else best.size,
         equivalent_sizes=() if best is None else tuple(entry.size for entry in tuned if scale.is_equivalent(entry, best)),
         time_source="side by side" if step_times_s is None else "alone",
@@ -213,7 +225,7 @@ def _point(
     if tuned is None:
         return SweepPoint(
             global_batch_size=size,
-            status="never" if own and is_complete else "partial" if not is_complete else "not tried",
+            status=_status_without_rate(own, is_complete=is_complete),
             lr=None,
             lr_low=None,
             lr_high=None,
@@ -242,6 +254,14 @@ def _point(
         metric_at_equal_time=_metric_until(tuned, scale.equal_s / step_s * size, is_loss=is_loss),
         **counts,
     )
+
+
+def _status_without_rate(own: Sequence[TrialResult], *, is_complete: bool) -> Literal["partial", "unsteady", "never", "not tried"]:
+    if not is_complete:
+        return "partial"
+    if not own:
+        return "not tried"
+    return "unsteady" if any(trial.samples_to_target is not None for trial in own) else "never"
 
 
 def _good_rates(own: Sequence[TrialResult], best: float) -> tuple[float, float]:
@@ -329,7 +349,8 @@ def _remarks(settings: SweepSettings, trials: Sequence[TrialResult]) -> tuple[st
     failed = [trial for trial in trials if trial.status is TrialStatus.FAILED]
     if failed:
         sizes = ", ".join(str(size) for size in sorted({trial.spec.global_batch_size for trial in failed}))
-        remarks.append(f"{len(failed)} trials failed at size {sizes}: {failed[0].reason}")
+        count = "one trial" if len(failed) == 1 else f"{len(failed)} trials"
+        remarks.append(f"Failed at size {sizes}, {count}: {failed[0].reason}.")
     if settings.seeds == 1:
         remarks.append("One seed a size: nothing tells how far chance alone moves the samples; --seeds 3 does.")
     return tuple(remarks)

@@ -14,6 +14,7 @@ from rightbatch.fits.critical_batch import curves_of, is_ruled_out
 from rightbatch.fits.intervals import BoolArray, FloatArray, log_standard_error, normal_draws
 from rightbatch.fits.samples_curve import CurveDraws
 from rightbatch.fits.step_time import StepTimeLaw
+from rightbatch.fits.swept import is_outside, swept_curves
 from rightbatch.records.estimates import (
     Estimate,
     LoaderCurve,
@@ -27,7 +28,7 @@ from rightbatch.records.estimates import (
 )
 from rightbatch.records.measurements import WorkloadSummary
 from rightbatch.records.plan import Constraints, Goal, Objective
-from rightbatch.records.training import BranchMeasurements
+from rightbatch.records.training import BranchMeasurements, SweepEvidence
 
 N_DRAWS = 2048
 UNREPEATED_LOG_SD = 0.05
@@ -141,12 +142,13 @@ def draw_costs(
     constraints: Constraints,
     rng: np.random.Generator,
     branches: BranchMeasurements | None = None,
+    swept: SweepEvidence | None = None,
 ) -> CostDraws | None:
     """Draw what each candidate costs; none when no timed size is allowed.
 
     Candidates are all timed sizes and, beyond the largest of them, 2, 4, 8, ... accumulated micro-batches of the best throughput, where the
     loss lets a batch be split. With accumulation, t = A (t_micro - t_optimizer) + t_optimizer. Training from a checkpoint at several sizes
-    weighs the draws; sizes outside those that trained there without failing may not be chosen.
+    weighs the draws; sizes outside those that trained there without failing may not be chosen. A sweep takes its place where there was one.
     """
     timed = [point for point in step_time.points if point.step_time_s.value is not None]
     if memory is not None and memory.ceiling is not None:
@@ -169,7 +171,7 @@ def draw_costs(
         candidates=chosen,
         compute_time_s=compute,
         loader_samples_per_s=None if loader is None else _rate_draws(loader.samples_per_s, rng),
-        curves=None if noise_scale is None else curves_of(noise_scale, branches, rng, N_DRAWS),
+        curves=None if noise_scale is None else _curves(noise_scale, branches, swept, rng),
         energy_per_step_j=np.array([c.accumulation_steps * (energy or 0.0) for c, energy in zip(chosen, energies, strict=True)])
         if all(energies)
         else None,
@@ -177,9 +179,21 @@ def draw_costs(
         measured_time_s=times_s,
         optimizer_time_s=optimizer_time_s,
         law=law,
-        may_be_chosen=np.array([not is_ruled_out(candidate.global_batch_size, branches) for candidate in chosen]),
+        may_be_chosen=np.array(
+            [
+                not (is_outside(c.global_batch_size, swept) or (swept is None and is_ruled_out(c.global_batch_size, branches)))
+                for c in chosen
+            ]
+        ),
         world_size=constraints.world_size,
     )
+
+
+def _curves(
+    noise: NoiseScale, branches: BranchMeasurements | None, swept: SweepEvidence | None, rng: np.random.Generator
+) -> CurveDraws | None:
+    """From a sweep where there was one: it trained to the target; else from branches, which saw a part of the run, and the noise."""
+    return curves_of(noise, branches, rng, N_DRAWS) if swept is None else swept_curves(swept, rng, N_DRAWS)
 
 
 def candidates(
@@ -259,6 +273,7 @@ def fit_tradeoff(
     constraints: Constraints,
     rng: np.random.Generator,
     branches: BranchMeasurements | None = None,
+    swept: SweepEvidence | None = None,
 ) -> Tradeoff:
     """Predicted cost of every candidate size relative to the best, draw by draw, and its expected regret.
 
@@ -280,6 +295,7 @@ def fit_tradeoff(
         constraints=constraints,
         rng=rng,
         branches=branches,
+        swept=swept,
     )
     unknown = Estimate(value=None, low=None, high=None, n=0, status=Status.INDETERMINATE)
     if draws is None:

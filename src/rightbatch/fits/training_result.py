@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 
 from rightbatch.records.training_log import EvaluationLine, EventLine, LogEvent, LogLine, StepLine
 from rightbatch.records.training_run import PredictedStep, TrainingManifest, TrainingResult
+
+T = TypeVar("T")
 
 
 def training_result(manifest: TrainingManifest, lines: Sequence[LogLine]) -> TrainingResult:
@@ -28,6 +31,7 @@ def training_result(manifest: TrainingManifest, lines: Sequence[LogLine]) -> Tra
         plan=manifest.plan,
         plan_source=manifest.plan_source,
         schedule=manifest.schedule,
+        forecast=manifest.forecast,
         target=target,
         steps=0 if last is None else last.step,
         samples=samples,
@@ -97,6 +101,19 @@ def thinned(steps: Sequence[StepLine], most: int) -> tuple[StepLine, ...]:
     bounds = np.linspace(0, len(steps), most + 1).astype(int).tolist()
     starts = [0, *(line.samples for line in steps)]
     return tuple(_joined(steps[start:stop], starts[start : stop + 1]) for start, stop in pairwise(bounds))
+
+
+def evenly(items: Sequence[T], most: int) -> tuple[T, ...]:
+    """Return at most so many items of a long sequence, evenly spread, the last one among them.
+
+    Args:
+        items: In order.
+        most: How many to return, at least 1.
+    """
+    if len(items) <= most:
+        return tuple(items)
+    places = np.linspace(len(items) / most - 1, len(items) - 1, most).round().astype(int).tolist()
+    return tuple(items[place] for place in places)
 
 
 def _joined(steps: Sequence[StepLine], bounds: Sequence[int]) -> StepLine:

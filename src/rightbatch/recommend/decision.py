@@ -7,13 +7,14 @@ import numpy as np
 
 from rightbatch.fits.devices import fit_devices
 from rightbatch.fits.lr_scaling import couple_lr, saturation_size
+from rightbatch.fits.swept import with_swept_rate
 from rightbatch.fits.tradeoff import CostDraws, draw_costs, relative_to_best, summarise
 from rightbatch.recommend.advice import Context, advise
 from rightbatch.recommend.choice import binding_constraint, choose, equivalents, relative_time
 from rightbatch.records.estimates import LoaderCurve, MemoryCurve, NoiseScale, Status, StepTimeCurve, Tradeoff
 from rightbatch.records.measurements import WorkloadSummary
 from rightbatch.records.plan import BatchPlan, Comparison, Constraints, LrCoupling, Objective, Recommendation, Sensitivity
-from rightbatch.records.training import BranchMeasurements
+from rightbatch.records.training import BranchMeasurements, SweepEvidence
 
 WIDEST_FACTOR = 10.0
 """No point is called an answer when the 90 % interval of the critical batch size spans more than this factor on a side."""
@@ -36,6 +37,7 @@ class _Request:
     constraints: Constraints
     tradeoff: Tradeoff | None
     branches: BranchMeasurements | None
+    swept: SweepEvidence | None
 
 
 def recommend(
@@ -50,6 +52,7 @@ def recommend(
     tradeoff: Tradeoff | None,
     rng: np.random.Generator,
     branches: BranchMeasurements | None = None,
+    swept: SweepEvidence | None = None,
 ) -> Recommendation:
     """The batch size to use, how sure it is, and why.
 
@@ -64,6 +67,7 @@ def recommend(
         tradeoff: The trade-off fitted to the same estimates.
         rng: A generator in the same state as the one the trade-off was drawn with gives the very same draws.
         branches: Training from a checkpoint at several sizes; none when that was not asked for.
+        swept: A sweep of the same workload; none where there was none.
 
     Returns:
         A recommendation; ``plan`` is none when nothing fits or nothing was timed.
@@ -71,7 +75,7 @@ def recommend(
     Raises:
         UsageError: The goal is energy and none was measured.
     """
-    request = _Request(step_time, loader, noise_scale, memory, workload, objective, constraints, tradeoff, branches)
+    request = _Request(step_time, loader, noise_scale, memory, workload, objective, constraints, tradeoff, branches, swept)
     if memory is not None and memory.status is Status.NOTHING_FITS:
         return _without_plan(request, "nothing_fits")
     if step_time is None:
@@ -85,6 +89,7 @@ def recommend(
         constraints=constraints,
         rng=rng,
         branches=branches,
+        swept=swept,
     )
     if draws is None:
         return _without_plan(request, "inconclusive")
@@ -154,7 +159,7 @@ def _at_optimum(request: _Request, draws: CostDraws, step_time: StepTimeCurve) -
             objective=objective,
             constraints=request.constraints,
         ),
-        evidence_level=3 if trained_sizes(request.branches) > 1 else 1,
+        evidence_level=3 if request.swept is not None or trained_sizes(request.branches) > 1 else 1,
         expected_regret=max(float(regret), 0.0),
         equivalent_batch_sizes=equivalents(draws, objective, chosen),
         lr=lr,
@@ -180,7 +185,8 @@ def _is_narrow(tradeoff: Tradeoff | None) -> bool:
 
 
 def _plan(request: _Request, draws: CostDraws, chosen: int) -> tuple[BatchPlan, LrCoupling]:
-    workload, candidate = request.workload, draws.candidates[chosen]
+    candidate = draws.candidates[chosen]
+    workload = with_swept_rate(request.workload, request.swept, candidate.global_batch_size)
     snapshots = () if request.noise_scale is None else request.noise_scale.snapshots
     lr = couple_lr(
         workload,

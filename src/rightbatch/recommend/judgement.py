@@ -59,6 +59,7 @@ def judge(
             constraints=constraints,
             rng=np.random.default_rng(rng_seed),
             branches=measurements.branches,
+            swept=measurements.swept,
         )
     recommendation = recommend(
         step_time=step_time,
@@ -71,6 +72,7 @@ def judge(
         tradeoff=tradeoff,
         rng=np.random.default_rng(rng_seed),
         branches=measurements.branches,
+        swept=measurements.swept,
     )
     return Findings(
         workload=workload,
@@ -84,6 +86,7 @@ def judge(
         tradeoff=tradeoff,
         branches=None if measurements.branches is None else fit_branches(measurements.branches, tradeoff),
         lr_range=lr_range,
+        swept=measurements.swept,
         reused_parts=reused_parts,
         measured_at=measured_at,
         duration_s=duration_s,

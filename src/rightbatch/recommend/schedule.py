@@ -158,7 +158,7 @@ def _ends(findings: Findings, total_samples: int) -> tuple[float, float]:
     course = None if noise is None else draw_noise_course(noise, total_samples, np.random.default_rng(0), N_DRAWS)
     if course is None:
         raise _without_noise()
-    return float(np.median(course.noise_scale[:, 0])), float(np.median(course.noise_scale[:, -1]))
+    return float(np.median(course[:, 0])), float(np.median(course[:, -1]))
 
 
 def _without_noise() -> UsageError:

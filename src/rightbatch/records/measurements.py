@@ -7,7 +7,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 
 from rightbatch.records.lr_range_measurements import LrRangeMeasurements
 from rightbatch.records.record import Record
-from rightbatch.records.training import BranchMeasurements
+from rightbatch.records.training import BranchMeasurements, SweepEvidence
 
 
 class Outcome(StrEnum):
@@ -366,3 +366,5 @@ class Measurements(Record):
     gradient_noise: GradientNoiseMeasurements | None = None
     branches: BranchMeasurements | None = None
     lr_range: LrRangeMeasurements | None = None
+    swept: SweepEvidence | None = None
+    """Taken over from a sweep of the same workload."""

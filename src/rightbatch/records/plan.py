@@ -11,6 +11,7 @@ from rightbatch.records.estimates import BranchCurve, Estimate, LoaderCurve, Mem
 from rightbatch.records.lr_range import LrRange
 from rightbatch.records.measurements import WorkloadSummary
 from rightbatch.records.record import SCHEMA_VERSION, Record
+from rightbatch.records.training import SweepEvidence
 
 
 class Goal(StrEnum):
@@ -163,6 +164,8 @@ class Findings(Record):
     branches: BranchCurve | None = None
     """None unless the answer was checked by training."""
     lr_range: LrRange | None = None
+    swept: SweepEvidence | None = None
+    """The sweep of the same workload that the answer rests on; none where there was none."""
     reused_parts: tuple[str, ...] = ()
     """Measurements taken over from an earlier run of the same thing."""
     measured_at: str

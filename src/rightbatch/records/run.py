@@ -38,7 +38,7 @@ from rightbatch.records.measurements import (
 )
 from rightbatch.records.plan import Constraints, Findings, Objective
 from rightbatch.records.record import SCHEMA_VERSION, Record
-from rightbatch.records.training import BranchMeasurements
+from rightbatch.records.training import BranchMeasurements, SweepEvidence
 
 MANIFEST_FILE = "run.json"
 FINDINGS_FILE = "findings.json"
@@ -54,6 +54,7 @@ PART_KINDS: Mapping[str, type[Record]] = {
     "gradient_noise": GradientNoiseMeasurements,
     "branches": BranchMeasurements,
     "lr_range": LrRangeMeasurements,
+    "swept": SweepEvidence,
 }
 """The record that each part's file holds."""
 
@@ -269,6 +270,7 @@ class RunFolder:
         noise = self.read_part("gradient_noise", GradientNoiseMeasurements)
         branches = self.read_part("branches", BranchMeasurements)
         lr_range = self.read_part("lr_range", LrRangeMeasurements)
+        swept = self.read_part("swept", SweepEvidence)
         return Measurements(
             workload=workload.record,
             memory=memory and memory.record,
@@ -277,6 +279,7 @@ class RunFolder:
             gradient_noise=noise and noise.record,
             branches=branches and branches.record,
             lr_range=lr_range and lr_range.record,
+            swept=swept and swept.record,
         )
 
     def oldest_measured_at(self) -> str | None:
@@ -285,7 +288,7 @@ class RunFolder:
         Raises:
             RunFolderError: A file is corrupt or from a newer version.
         """
-        parts = (self.read_part(name, kind) for name, kind in PART_KINDS.items() if name != "workload")
+        parts = (self.read_part(name, kind) for name, kind in PART_KINDS.items() if name not in {"workload", "swept"})
         return min((part.measured_at for part in parts if part is not None), default=None)
 
     def read_findings(self) -> Findings | None:
@@ -332,12 +335,22 @@ def schema() -> JsonObject:
     from pydantic import BaseModel
     from pydantic.json_schema import models_json_schema
 
-    files: dict[str, type[Record]] = {MANIFEST_FILE: RunManifest, FINDINGS_FILE: Findings}
+    from rightbatch.records.training_log import EvaluationLine, EventLine, StepLine  # deferred: that module builds on this one
+    from rightbatch.records.training_run import LOG_FILE, TRAINING_FILE, TrainingManifest, TrainingResult
+
+    lines: tuple[type[Record], ...] = (StepLine, EvaluationLine, EventLine)
+    files: dict[str, type[Record]] = {
+        MANIFEST_FILE: RunManifest,
+        FINDINGS_FILE: Findings,
+        TRAINING_FILE: TrainingManifest,
+        "train --json": TrainingResult,
+    }
     parts = {f"{name}.json": kind for name, kind in PART_KINDS.items()}
-    every_kind: list[type[BaseModel]] = [*files.values(), PartHeader, *parts.values()]
+    every_kind: list[type[BaseModel]] = [*files.values(), PartHeader, *parts.values(), *lines]
     modes: list[tuple[type[BaseModel], Literal["serialization"]]] = [(kind, "serialization") for kind in every_kind]
     references, definitions = models_json_schema(modes)
     properties: JsonObject = {name: references[kind, "serialization"] for name, kind in files.items()}
+    properties[LOG_FILE] = {"description": "one such object a line", "anyOf": [references[kind, "serialization"] for kind in lines]}
     for name, kind in parts.items():
         data: JsonObject = {"properties": {"data": references[kind, "serialization"]}, "required": ["data"]}
         properties[name] = {"allOf": [{"$ref": "#/$defs/PartFields"}, data]}
@@ -346,7 +359,7 @@ def schema() -> JsonObject:
     header.pop("additionalProperties", None)  # the part's data stands beside these fields
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "Files of a rightbatch run folder; findings.json is also what --json prints",
+        "title": "Files of the folders of rightbatch; findings.json is also what find --json prints",
         "schema_version": SCHEMA_VERSION,
         "type": "object",
         "properties": properties,

@@ -21,8 +21,6 @@ class BatchSetting(Record):
     """A weight decay apart from the gradient (AdamW's) is multiplied with it; 1 for one inside the gradient."""
     clip_factor: PositiveFloat = 1.0
     """The largest norm of the gradient is multiplied with it."""
-    average_power: PositiveFloat = 1.0
-    """The decay of a moving average of the weights is raised to it."""
 
 
 class SizeCoupling(Record):
@@ -160,12 +158,12 @@ class ScheduleForecast(Record):
     worth_it: bool
     """Whether the expected ratio is 0.95 or less."""
     best_fixed_size: PositiveInt | None
-    """Fixed size of least expected time; none when nothing is forecast."""
+    """Fixed size of least expected time, or the size that growth instead of decay begins with; none when nothing is forecast."""
     first_size: PositiveInt | None
     """Median size that the schedule begins with."""
     last_size: PositiveInt | None
     """Median size that it ends with."""
     noise_growth: Estimate
-    """Noise scale at the run's end over that at its beginning."""
+    """Noise scale at the run's end over that at its beginning; unknown where the forecast does not rest on it."""
     reasons: tuple[str, ...]
     """Why it is worth it or not, in sentences."""

@@ -119,8 +119,9 @@ class SweepPoint(Record):
     """What one size needed to the target, at its best rate."""
 
     global_batch_size: PositiveInt
-    status: Literal["tuned", "partial", "never", "not tried"]
-    """``partial``: not all seeds are there yet; ``never``: no rate reached the target; ``not tried``: a neighbour already never did."""
+    status: Literal["tuned", "partial", "unsteady", "never", "not tried"]
+    """``partial``: not all seeds are there yet; ``unsteady``: no rate reached the target with every seed; ``never``: none did with any;
+    ``not tried``: a neighbour already never did."""
     lr: PositiveFloat | None
     """Least mean samples to the target, of the rates that reached it with every seed."""
     lr_low: PositiveFloat | None

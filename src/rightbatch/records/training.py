@@ -31,6 +31,17 @@ class TrainingProbe(Record):
     """Standard error of log samples from reading them off a noisy curve, apart from the scatter between seeds."""
 
 
+class SweepEvidence(Record):
+    """What a finished sweep of the same workload showed: one probe a size, at its tuned rate, the mean over seeds."""
+
+    target: str
+    """In words, such as ``accuracy >= 0.97``."""
+    folder: str
+    """Where the sweep is kept."""
+    probes: tuple[TrainingProbe, ...]
+    """In ascending order of size; all reached the target."""
+
+
 class BranchPlan(Record):
     """How to train one branch."""
 

@@ -16,6 +16,7 @@ from rightbatch.records.document import ForeignRecordError, read_document, refus
 from rightbatch.records.plan import BatchPlan
 from rightbatch.records.record import SCHEMA_VERSION, Record
 from rightbatch.records.run import LOCK_FILE, MANIFEST_FILE, REPORT_FILE, RunFolder
+from rightbatch.records.schedule import BatchSchedule, ScheduleForecast
 from rightbatch.records.training_log import EvaluationLine, LogLine, TrainingTarget, read_log
 
 TRAINING_FILE = "training.json"
@@ -72,10 +73,20 @@ class TrainingManifest(Record):
     """Where the plan comes from, in words."""
     schedule: str
     """How the batch size changes, in words."""
+    batch_schedule: BatchSchedule | None = None
+    """The same; none keeps the plan's size."""
+    schedule_asked: str = ""
+    """The word that it was asked for with, ``dynamic`` for a batch that follows the noise where that is worth it; empty when none was."""
+    forecast: ScheduleForecast | None = None
+    """What a schedule was predicted to gain; none where nothing was predicted."""
     samples: PositiveInt
     """Samples to train on, over all epochs."""
     samples_per_epoch: PositiveInt
     target: TrainingTarget | None = None
+    evaluate_every: PositiveInt | None = None
+    """Samples between evaluations; none is an epoch."""
+    noise_every: NonNegativeInt | None = None
+    """Steps between measurements of the noise; none where nobody asked."""
     seed: NonNegativeInt
     device: str
     device_name: str
@@ -93,6 +104,7 @@ class TrainingResult(Record):
     plan: BatchPlan
     plan_source: str
     schedule: str
+    forecast: ScheduleForecast | None
     target: TrainingTarget | None
     steps: NonNegativeInt
     samples: NonNegativeInt
@@ -218,14 +230,16 @@ class TrainingFolder:
         return file
 
 
-def resume_command(command: tuple[str, ...]) -> str:
+def resume_command(command: tuple[str, ...], *, world_size: int = 1) -> str:
     """Return the command that goes on with a training; empty when it was started from Python.
 
     Args:
-        command: What it was started with.
+        command: What it was started with, in each process.
+        world_size: Processes that trained together.
     """
     if not command:
         return ""
     end = command.index("--") if "--" in command else len(command)
     own = [word for word in command[:end] if word not in {"--resume", "--fresh"}]
-    return shlex.join([*own, "--resume", *command[end:]])
+    launcher = ["torchrun", "--nproc-per-node", str(world_size), "-m"] if world_size > 1 else []
+    return shlex.join([*launcher, *own, "--resume", *command[end:]])

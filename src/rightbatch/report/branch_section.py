@@ -31,6 +31,29 @@ def branches(findings: Findings) -> Section | None:
     )
 
 
+def swept(findings: Findings) -> Section | None:
+    """Say what the sweep that the answer rests on showed."""
+    evidence = findings.swept
+    if evidence is None:
+        return None
+    sizes = [probe.global_batch_size for probe in evidence.probes]
+    table = Table(
+        caption=f"Samples to {evidence.target}, each size at its tuned rate",
+        header=("batch", "lr", "samples"),
+        rows=tuple((str(p.global_batch_size), "-" if p.lr is None else number(p.lr), number(round(p.samples))) for p in evidence.probes),
+    )
+    return Section(
+        key="swept",
+        title="Sweep",
+        sentences=(
+            f"A sweep of this workload trained sizes from {min(sizes)} to {max(sizes)} to {evidence.target}. The answer rests on it, and "
+            "is no size outside it.",
+            f"It is kept in {plain(evidence.folder)}.",
+        ),
+        tables=(table,),
+    )
+
+
 def _sentences(curve: BranchCurve) -> tuple[str, ...]:
     if curve.target_loss is None:
         return ()

@@ -52,7 +52,7 @@ class Section:
 
     key: Literal[
         "why", "advice", "branches", "sizes", "memory", "speed", "noise", "lr", "practice", "devices", "change", "limits", "provenance",
-        "course", "batch", "time", "events", "critical", "generalisation", "cost",
+        "course", "batch", "time", "events", "critical", "generalisation", "cost", "swept",
     ]  # fmt: skip
     title: str
     sentences: tuple[str, ...] = ()

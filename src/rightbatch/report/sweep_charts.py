@@ -1,5 +1,6 @@
 """The charts of a sweep: its result in, plotly figures out."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -9,6 +10,7 @@ from rightbatch.records.estimates import Estimate
 from rightbatch.records.sweep import SweepPoint, SweepResult
 from rightbatch.report.charts import BAND, BLUE, GREEN, GREY, ORANGE, add_estimates, log_sizes, marker_of, new_figure, vertical_line
 from rightbatch.report.html import Chart
+from rightbatch.report.phrases import number
 
 _CURVE_POINTS = 60
 
@@ -94,7 +96,7 @@ def steps_chart(result: SweepResult, tuned: Sequence[SweepPoint]) -> go.Figure:
     _hyperbola(figure, result, tuned, lambda size, fewest, critical: fewest * (1 / size + 1 / critical))
     _estimates(figure, tuned, lambda point: point.steps, name="measured, 95 %")
     _critical_line(figure, result, tuned)
-    figure.update_yaxes(type="log", dtick=1)
+    _log_axis(figure.update_yaxes, [point.steps for point in tuned])
     return figure
 
 
@@ -125,7 +127,7 @@ def pareto_chart(result: SweepResult, tuned: Sequence[SweepPoint]) -> go.Figure:
         cliponaxis=False,
         marker=marker_of(GREEN, "circle", 9),
     )
-    figure.update_xaxes(type="log", dtick="D2")
+    _log_axis(figure.update_xaxes, [point.steps for point in tuned])
     figure.update_yaxes(rangemode="tozero")
     return figure
 
@@ -144,7 +146,7 @@ def rate_chart(result: SweepResult, tuned: Sequence[SweepPoint]) -> go.Figure:
     rates = [Estimate(value=point.lr, low=point.lr_low, high=point.lr_high, n=point.samples.n) for point in tuned]
     add_estimates(figure, [point.global_batch_size for point in tuned], rates, name="best, range of good rates")
     log_sizes(figure, [point.global_batch_size for point in tuned])
-    figure.update_yaxes(type="log", dtick="D2")
+    _log_axis(figure.update_yaxes, rates)
     return figure
 
 
@@ -170,6 +172,15 @@ def _estimates(
     sizes = [point.global_batch_size for point in tuned]
     add_estimates(figure, sizes, [of(point) for point in tuned], name=name, line=line)
     log_sizes(figure, sizes)
+
+
+def _log_axis(update: Callable[..., object], values: Sequence[Estimate]) -> None:
+    """Make an axis logarithmic, with ticks at 1, 2 and 5 times powers of ten."""
+    known = [end for value in values for end in (value.value, value.low, value.high) if end]
+    low, high = min(known) / 2, max(known) * 2
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [step * 10.0**power for power in decades for step in (1, 2, 5) if low <= step * 10.0**power <= high]
+    update(type="log", tickvals=ticks, ticktext=[number(tick) for tick in ticks])
 
 
 def _between(tuned: Sequence[SweepPoint]) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:

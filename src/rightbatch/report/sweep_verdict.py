@@ -108,9 +108,9 @@ def _share(result: SweepResult) -> str:
 
 def _sizes(result: SweepResult) -> Section:
     clock = (
-        "Seconds are steps times the step time that `find` measured alone."
+        "Seconds are steps times the step time that find measured alone."
         if result.time_source == "alone"
-        else "Seconds are those of trials that ran side by side and shared the machine; after `rightbatch find` of the same workload, a "
+        else "Seconds are those of trials that ran side by side and shared the machine; after rightbatch find of the same workload, a "
         "repeated sweep command takes step times that were measured alone."
     )
     rows = tuple(
@@ -136,7 +136,10 @@ def _critical(result: SweepResult) -> Section | None:
         return None
     sentences = [f"The hyperbola E = E_min (1 + b / B_crit) fits with B_crit {estimate(critical)} and E_min {number(fewest)} samples."]
     if critical.status is Status.AT_LEAST:
-        sentences = [f"Samples hardly grow up to the largest size: B_crit is at least {number(critical.low or 0.0)}. Sweep larger sizes."]
+        sentences = [
+            f"The sizes bound the B_crit of the hyperbola from below only, at {number(critical.low or 0.0)}: larger sizes, or more seeds, "
+            "would tell more."
+        ]
     if result.fit_error is not None and len(result.points) > 2:
         sentences.append(f"Sizes lie {percent(result.fit_error)} from it on average.")
     if result.robust_critical_size.value is not None:
@@ -226,7 +229,7 @@ def _plan(result: SweepResult) -> Section | None:
         else (f" [{signed_percent(plan.regret.low)}, {signed_percent(plan.regret.high)}]")
     )
     sentences = [
-        f"`find` recommended batch {plan.global_batch_size}{between}: {signed_percent(plan.regret.value)}{interval} time to the target."
+        f"The plan of find is batch {plan.global_batch_size}{between}: {signed_percent(plan.regret.value)}{interval} time to the target."
     ]
     if plan.lr is not None and plan.lr_over_best is not None:
         sentences.append(f"Its learning rate, {number(plan.lr)}, is {number(plan.lr_over_best)} times the tuned one.")
@@ -243,4 +246,5 @@ def _cost(result: SweepResult) -> Section:
         f"They trained on {number(result.samples_trained)} samples, {_share(result)} of the {number(result.grid_samples)} that all sizes "
         "with all rates tried anywhere and all seeds would have taken, were no rate worse than the best."
     )
-    return Section(key="cost", title="Cost", sentences=(f"{total} trials: {endings}.", grid, *result.remarks), tables=(table,))
+    sentences = (f"{total} trials: {endings}.", *([grid] if result.best_size is not None else []), *result.remarks)
+    return Section(key="cost", title="Cost", sentences=sentences, tables=(table,))

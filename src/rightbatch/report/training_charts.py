@@ -4,11 +4,12 @@ from collections.abc import Iterator, Sequence
 
 import plotly.graph_objects as go
 
-from rightbatch.fits.training_result import predicted_curve, thinned
+from rightbatch.fits.training_result import evenly, predicted_curve, thinned
 from rightbatch.records.training_log import EvaluationLine, LogLine, StepLine
 from rightbatch.records.training_run import TrainingManifest
 from rightbatch.report.charts import BLUE, GREEN, ORANGE, add_estimates, marker_of, new_figure
 from rightbatch.report.html import Chart
+from rightbatch.report.training_verdict import MOST_ROWS
 from rightbatch.training.progress_words import metric_name
 
 _MOST_POINTS = 400
@@ -121,7 +122,7 @@ def staircase_chart(steps: Sequence[StepLine], heights: Sequence[float], title: 
 def noise_chart(steps: Sequence[StepLine]) -> go.Figure:
     """Draw the noise scale of the run so far."""
     figure = new_figure(_X_TITLE, "noise scale in samples")
-    known = [(line.samples, line.noise_scale) for line in steps if line.noise_scale is not None]
+    known = evenly([(line.samples, line.noise_scale) for line in steps if line.noise_scale is not None], MOST_ROWS)
     add_estimates(figure, [samples for samples, _ in known], [scale for _, scale in known], name="of the run so far, 95 %", line=True)
     figure.update_yaxes(rangemode="tozero")
     return figure
@@ -131,8 +132,7 @@ def time_chart(steps: Sequence[StepLine], manifest: TrainingManifest) -> go.Figu
     """Draw the realised time, and the predicted one where it can be told."""
     figure = new_figure(_X_TITLE, "training time in s")
     predicted = predicted_curve(steps, manifest.predicted_steps)
-    kept = range(0, len(steps), max(1, len(steps) // _MOST_POINTS))
-    places = sorted({*kept, len(steps) - 1})
+    places = evenly(range(len(steps)), _MOST_POINTS)
     across = [0, *(steps[place].samples for place in places)]
     realised = [0.0, *(steps[place].training_s for place in places)]
     figure.add_scatter(x=across, y=realised, name="realised", mode="lines", line={"color": BLUE, "width": 2})

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Sequence
 from datetime import datetime
 
-from rightbatch.fits.training_result import training_result
+from rightbatch.fits.training_result import evenly, training_result
 from rightbatch.records.plan import BatchPlan
 from rightbatch.records.training_log import EvaluationLine, EventLine, LogEvent, LogLine, StepLine
 from rightbatch.records.training_run import TrainingManifest, TrainingResult, TrainingState, resume_command
@@ -22,6 +22,8 @@ _STATUS: dict[TrainingState, VerdictStatus] = {
     TrainingState.INTERRUPTED: "inconclusive",
     TrainingState.DIVERGED: "unstable",
 }
+MOST_ROWS = 100
+"""Of a table behind a chart; of longer logs the rows are spread evenly."""
 _SHOWN_EVENTS = 40
 _REMEDY_DIVERGED = (
     "Try a smaller learning rate, a warm-up, or clip_norm; where the precision is fp16, bf16. The last checkpoint was made before, "
@@ -113,7 +115,7 @@ def _lead(manifest: TrainingManifest, result: TrainingResult) -> tuple[str, ...]
     if result.state is TrainingState.DIVERGED:
         return (_REMEDY_DIVERGED,)
     if result.state in {TrainingState.INTERRUPTED, TrainingState.UNFINISHED}:
-        command = resume_command(manifest.command)
+        command = resume_command(manifest.command, world_size=manifest.plan.world_size)
         return (f"Go on with: {plain(command)}" if command else "Go on with resume=True.",)
     sentences = [_predicted(result)] if result.predicted_s is not None else []
     if result.state is TrainingState.TARGET_MISSED and result.best is not None:
@@ -162,7 +164,7 @@ def _course(result: TrainingResult, lines: Sequence[LogLine]) -> Section:
     rows = tuple(
         (str(line.samples), format_duration_s(line.training_s), "not finite" if line.loss is None else number(line.loss),
          "" if line.metric is None else number(line.metric))
-        for line in evaluations
+        for line in evenly(evaluations, MOST_ROWS)
     )  # fmt: skip
     header = ("samples", "training time", "validation loss", metric_name(result.target))
     tables = (Table(caption="Evaluations", header=header, rows=rows, behind_chart=True),) if rows else ()
@@ -176,10 +178,14 @@ def _batch(result: TrainingResult) -> Section:
         f"The plan is batch {plan_words(plan)}{rate}, from {plain(result.plan_source)}.",
         f"Its schedule: {plain(result.schedule)}.",
     ]
-    rows = tuple((str(samples), str(size)) for samples, size in result.batch_sizes)
+    if result.forecast is not None:
+        sentences.extend(("What was forecast before the start:", *(plain(reason) for reason in result.forecast.reasons)))
+    changes = result.batch_sizes
+    rows = tuple((str(samples), str(size)) for samples, size in evenly(changes, MOST_ROWS))
     tables = (Table(caption="Sizes", header=("from sample", "batch"), rows=rows, behind_chart=True),) if len(rows) > 1 else ()
-    if len(rows) > 1:
-        sentences.append(f"The size changed {len(rows) - 1} time{'s' if len(rows) > 2 else ''}, from {rows[0][1]} to {rows[-1][1]}.")
+    if len(changes) > 1:
+        times = f"{len(changes) - 1} time{'s' if len(changes) > 2 else ''}"
+        sentences.append(f"The size changed {times}, from {changes[0][1]} to {changes[-1][1]}.")
     if result.out_of_memory:
         times = f"{result.out_of_memory} step{'s' if result.out_of_memory > 1 else ''}"
         sentences.append(f"Memory ran out in {times}, taken again in smaller micro-batches: the same mathematics.")
@@ -190,7 +196,7 @@ def _noise(lines: Sequence[LogLine]) -> Section | None:
     known = [(line.samples, line.noise_scale) for line in lines if isinstance(line, StepLine) and line.noise_scale is not None]
     if not known:
         return None
-    rows = tuple((str(samples), estimate(scale)) for samples, scale in known)
+    rows = tuple((str(samples), estimate(scale)) for samples, scale in evenly(known, MOST_ROWS))
     header = ("samples", "noise scale, 95 % interval")
     return Section(
         key="noise",

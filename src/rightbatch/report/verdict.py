@@ -241,6 +241,7 @@ def _sections(findings: Findings, now: datetime | None) -> tuple[Section, ...]:
         decision_sections.why(findings),
         decision_sections.advice(findings),
         branch_section.branches(findings),
+        branch_section.swept(findings),
         decision_sections.sizes(findings),
         measured_sections.memory(findings),
         measured_sections.speed(findings),

@@ -128,13 +128,15 @@ class ScheduledSampler:
         start = self.position
         samples_before_epoch = self.samples_seen - self.position
         for size in list(self._pending):
-            yield size
+            yield self._checked(size, start)
             start += size
         while start < self._dataset_size:
-            size = self._fitting(size_at(samples_before_epoch + start), start)
-            if size == 0:
+            wanted, left = size_at(samples_before_epoch + start), self._dataset_size - start
+            if self._drop_last and wanted > left:
+                self._check_not_all_is_dropped(wanted, start)
                 return
-            yield size
+            size = left if left - wanted < self._world_size and not self._drop_last else wanted  # too small a tail joins
+            yield self._checked(size, start)
             start += size
 
     def _size_at(self, schedule: SettingSource | None) -> Callable[[int], int]:
@@ -142,30 +144,23 @@ class ScheduledSampler:
             return lambda _: self._batch_size
         return lambda samples_seen: schedule.setting_at(samples_seen).global_batch_size
 
-    def _fitting(self, size: int, start: int) -> int:
-        """The size as the rest of the epoch allows it: a tail too small for the ranks joins the batch; 0 drops the tail."""
-        left = self._dataset_size - start
+    def _checked(self, size: int, start: int) -> int:
         if size < self._world_size:
             raise UsageError(
                 f"a global batch must hold a sample for each of the {self._world_size} ranks; got {size} after {start} samples of epoch "
-                f"{self.epoch}; take a larger batch or fewer ranks."
+                f"{self.epoch}; take a larger batch, more samples or fewer ranks."
             )
-        if self._drop_last:
-            if start == 0 and size > left:
-                raise UsageError(
-                    f"with drop_last the dataset must fill one batch; got {left} samples for a batch of {size}; take a smaller batch or "
-                    "drop_last=False."
-                )
-            return size if size <= left else 0
-        return size if left - size >= self._world_size else left
+        return size
+
+    def _check_not_all_is_dropped(self, wanted: int, start: int) -> None:
+        if start == 0:
+            raise UsageError(
+                f"with drop_last the dataset must fill one batch; got {self._dataset_size} samples for a batch of {wanted}; take a smaller "
+                "batch or drop_last=False."
+            )
 
     def _share(self, start: int, size: int) -> slice:
         """This rank's part of a global batch: contiguous, the first ranks with one sample more where it does not come out even."""
-        if size < self._world_size:
-            raise UsageError(
-                f"a global batch must hold a sample for each of the {self._world_size} ranks; got {size} after {start} samples of epoch "
-                f"{self.epoch}, as they were left by fewer ranks; go on with at most {size} ranks."
-            )
         each, more = divmod(size, self._world_size)
         first = start + self._rank * each + min(self._rank, more)
         return slice(first, first + each + (self._rank < more))

@@ -25,7 +25,7 @@ class DynamicBatch:
     All kinds but the noise-adaptive one depend on the samples alone. A noise-adaptive schedule takes decisions; each holds from beyond the
     last position that anyone has asked about, so that a loader which draws ahead and a stepper which follows see the same sizes::
 
-        schedule = DynamicBatch(configured)
+        schedule = rb.DynamicBatch(configured)
         for batch in loader:          # BatchLoader(..., schedule=schedule)
             stepper(batch)            # Stepper(..., schedule=schedule)
             schedule.decide(stepper.monitor.noise_scale)

@@ -103,6 +103,8 @@ class BatchLoader:
                 f"the plan must be for as many ranks as train; it is for {plan.world_size}, and there are {world_size}; call rb.find under "
                 "the same launcher, or give a BatchPlan with that world_size."
             )
+        if seed < 0:
+            raise UsageError(f"seed must be 0 or more; got {seed}; give any other number.")
         self._sampler = ScheduledSampler(
             len(dataset),
             plan.global_batch_size,
@@ -129,6 +131,7 @@ class BatchLoader:
             generator=torch.Generator(),  # else each epoch would draw from the training's own
         )
         self._batches: Iterator[Batch] | None = None
+        self._fetched: list[Batch] = []
         self._batch_samples = 0
 
     def __iter__(self) -> Iterator[Batch]:
@@ -195,20 +198,25 @@ class BatchLoader:
         self._batches = self._torch_loader._iterator = None  # noqa: SLF001  # torch would take up workers that have ended
 
     def _rest_of_epoch(self, epoch: int) -> Iterator[Batch]:
-        while self.epoch == epoch:
-            try:
-                if self._batches is None:
-                    self._batches = iter(self._torch_loader)
-                batch = next(self._batches)
-                self._batch_samples = self._sampler.deliver()
-            except StopIteration:
-                self._leave_stream()
-                self._sampler.start_next_epoch()
-            except BaseException:
-                self.close()
-                raise
-            else:
-                yield batch
+        while self.epoch == epoch and self._fetch():
+            yield self._fetched.pop()  # a name for it would keep it in memory while the next is fetched
+
+    def _fetch(self) -> bool:
+        """Count a batch as delivered and put it ready; at the epoch's end advance the epoch, and return False."""
+        try:
+            if self._batches is None:
+                self._batches = iter(self._torch_loader)
+            self._fetched.append(next(self._batches))
+            self._batch_samples = self._sampler.deliver()
+        except StopIteration:
+            self._leave_stream()
+            self._sampler.start_next_epoch()
+            return False
+        except BaseException:
+            self._fetched.clear()
+            self.close()
+            raise
+        return True
 
     @property
     def _torch_iterator(self) -> object:

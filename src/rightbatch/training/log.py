@@ -31,6 +31,8 @@ class TrainingLog:
         self._file = None if folder is None else folder / LOG_FILE
         self._in_memory: list[LogLine] = []
         self._stream = None
+        if folder is not None and position is None:
+            _remove_summaries(folder)
         self._tensorboard = _summary_writer(folder, step) if folder is not None and tensorboard else None
         if self._file is None:
             return
@@ -95,6 +97,15 @@ class TrainingLog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def _remove_summaries(folder: Path) -> None:
+    """Remove TensorBoard's files of an earlier training in the folder."""
+    try:
+        for file in (folder / TENSORBOARD_FOLDER).glob("events.out.tfevents.*"):
+            file.unlink()
+    except OSError as error:
+        refuse_io("clear", folder, error)
 
 
 def _summary_writer(folder: Path, step: int) -> Any:

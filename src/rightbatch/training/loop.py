@@ -23,6 +23,9 @@ from rightbatch.training.stepper import StepOutcome
 from rightbatch.training.stop_signals import StopSignals
 from rightbatch.workload.ingredients import Batch
 
+_MOST_WITHOUT_LOSS = 100
+"""Steps in a row without a finite loss that are no accident: a scaler skips them all, and the weights stay finite."""
+
 
 @dataclass
 class _Since:
@@ -47,11 +50,17 @@ class _Since:
         self.samples.append(outcome.samples)
         self.outcome = outcome
 
-    def finite_losses(self) -> tuple[float, int, int]:
-        """Return the sum of the finite losses times their samples, these samples, and the number of other losses; waits for the device."""
+    def summed_losses(self) -> tuple[float, int, int, int]:
+        """Sum up; waits for the device.
+
+        Returns:
+            Sum of the finite losses times their samples, these samples, the number of infinite losses, and of those that are no number.
+        """
         pairs = list(zip(torch.stack(self.losses).tolist(), self.samples, strict=True))
         finite = [(loss, samples) for loss, samples in pairs if math.isfinite(loss)]
-        return sum(loss * samples for loss, samples in finite), sum(samples for _, samples in finite), len(pairs) - len(finite)
+        infinite = sum(math.isinf(loss) for loss, _ in pairs)
+        total, weight = sum(loss * samples for loss, samples in finite), sum(samples for _, samples in finite)
+        return total, weight, infinite, len(pairs) - len(finite) - infinite
 
 
 @dataclass
@@ -131,6 +140,7 @@ class TrainingLoop:
         self._micro_batch_size = parts.stepper.micro_batch_size
         self._evaluation: EvaluationLine | None = None
         self._ended: TrainingState | None = None
+        self._steps_without_loss = 0
         self._saved_step = -1
         self._saved_s = self._logged_s = clock_s()
         self._since = _Since(0.0)
@@ -244,15 +254,16 @@ class TrainingLoop:
         since, outcome = self._since, self._since.outcome
         if outcome is None:
             return
-        loss, weight, not_finite = self._parts.peers.totals(since.finite_losses())
-        is_broken = bool(not_finite) and not (weight and self._weights_are_finite())
+        loss, weight, infinite, no_number = self._parts.peers.totals(since.summed_losses())
+        self._steps_without_loss = 0 if weight else self._steps_without_loss + len(since.losses)
+        is_broken = infinite > 0 or (no_number > 0 and self._is_lost())
         training_s = self._watch.elapsed_s
         line = StepLine(
             **self._place(),
             global_batch_size=self._size,
             micro_batch_size=outcome.micro_batch_size,
             lr=float(outcome.lr),
-            loss=None if is_broken else loss / weight,
+            loss=loss / weight if weight and not is_broken else None,
             grad_norm=_finite(outcome.grad_norm),
             samples_per_s=sum(since.samples) / (training_s - since.started_s) if training_s > since.started_s else None,
             noise_scale=since.noise,
@@ -263,10 +274,12 @@ class TrainingLoop:
         self._logged_s = self._clock_s()
         if is_broken:
             self._ended = TrainingState.DIVERGED
-            self.event(LogEvent.DIVERGED, "the loss of the last steps, or a weight, is not finite")
+            self.event(LogEvent.DIVERGED, "the loss is not finite")
 
-    def _weights_are_finite(self) -> bool:
-        return all(bool(torch.isfinite(parameter).all()) for parameter in self._parts.model.parameters())
+    def _is_lost(self) -> bool:
+        """Whether losses that are no number come from the weights, or go on for long; in a single batch it may be that nothing counts."""
+        is_finite = all(bool(torch.isfinite(parameter).all()) for parameter in self._parts.model.parameters())
+        return not is_finite or self._steps_without_loss >= _MOST_WITHOUT_LOSS
 
     def _evaluate(self) -> None:
         parts = self._parts

@@ -157,6 +157,11 @@ class NoiseMonitor:
         self._norms.restart()
         self._scale = None
 
+    def count_samples(self, samples_seen: int) -> None:
+        """Say how many samples all ranks have seen, this step's among them; until then ranks are taken to hold equal shares."""
+        self._samples_seen = samples_seen
+        self._announced_samples = 0
+
     @property
     def measures_next_step(self) -> bool:
         """Whether the next optimizer step is one of those that are measured."""

@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 from rightbatch.errors import UsageError
 from rightbatch.records.plan import BatchPlan
-from rightbatch.records.schedule import BatchSchedule
+from rightbatch.records.schedule import BatchSchedule, ScheduleForecast
 from rightbatch.records.training_log import EvaluationLine, TrainingTarget
 from rightbatch.records.training_run import PredictedStep
 
@@ -34,6 +34,10 @@ class TrainingRequest:
     schedule: BatchSchedule | None = None
     """How the batch size changes; none keeps the plan's."""
     schedule_words: str = "constant"
+    schedule_asked: str = ""
+    """The word that it was asked for with."""
+    forecast: ScheduleForecast | None = None
+    """What the schedule was predicted to gain."""
     predicted_steps: tuple[PredictedStep, ...] = ()
     """Step times from the plan's findings, to compare the realised time with."""
     noise_every: int | None = None
@@ -63,7 +67,8 @@ class TrainingRequest:
         lengths = [length for length in (self.epochs, self.samples) if length is not None]
         if len(lengths) != 1 or lengths[0] <= 0:
             raise UsageError(
-                f"a training needs a positive number of epochs or of samples; got epochs {self.epochs}, samples {self.samples}."
+                f"a training needs a positive number of epochs or of samples; got epochs {self.epochs} and samples {self.samples}; "
+                "give one, such as --epochs 10."
             )
         for name in ("evaluate_every", "threads"):
             value = getattr(self, name)

@@ -13,8 +13,9 @@ from torch import nn
 from rightbatch._version import __version__
 from rightbatch.engine.provenance import cpu_name
 from rightbatch.engine.rig import Rig
-from rightbatch.errors import UsageError
+from rightbatch.errors import RunFolderError, UsageError
 from rightbatch.fits.training_result import training_result
+from rightbatch.records.document import ForeignRecordError, NewerSchemaError
 from rightbatch.records.training_log import LogEvent, LogLine
 from rightbatch.records.training_run import TrainingFolder, TrainingManifest, TrainingResult, TrainingState
 from rightbatch.training.assembly import Parts, assemble
@@ -56,6 +57,7 @@ class TrainedRun:
         average: Moving average of its weights; none when the workload keeps none.
         folder: Where everything is kept; none when nothing is, and on every rank but the first.
         rank: Number of this process.
+        is_kept: Whether there is a folder.
         was_complete: Whether the folder held a finished training, so that nothing was trained now.
     """
 
@@ -66,6 +68,7 @@ class TrainedRun:
     average: nn.Module | None
     folder: Path | None
     rank: int
+    is_kept: bool
     was_complete: bool
 
 
@@ -118,13 +121,18 @@ def run_training(
 
 
 def _make_room(folder: TrainingFolder, request: TrainingRequest) -> None:
-    """Refuse to train over an earlier training, unless it goes on or is to be dropped."""
-    manifest = folder.read_manifest()
-    if manifest is None:
-        return
+    """Refuse to train over an earlier training, unless it goes on or is to be dropped, readable or not."""
+    try:
+        manifest = folder.read_manifest()
+    except (ForeignRecordError, NewerSchemaError):
+        raise
+    except RunFolderError:
+        if not request.fresh:
+            raise
+        manifest = None
     if request.fresh:
         remove_checkpoints(folder.path)
-    elif not request.resume:
+    elif manifest is not None and not request.resume:
         raise UsageError(
             f"a folder keeps one training; {folder.path} holds one of {manifest.workload_spec} that is {manifest.state.value}; "
             "pass --resume to go on with it, --fresh to start again, or another --out."
@@ -149,6 +157,9 @@ class _Session:
         total = self._total_samples()
         own_folder = self.folder if peers.rank == 0 else None
         before = peers.share(lambda: self._read_earlier(fingerprint))
+        if before is not None and self._is_done(before, total):
+            parts.load(before.checkpoint.state)
+            return self._sum_up(before.manifest, () if own_folder is None else own_folder.read_lines(), was_complete=True)
         manifest = self._manifest(fingerprint, total, None if before is None else before.manifest)
         with ExitStack() as stack:
             log = None
@@ -170,9 +181,7 @@ class _Session:
                 clock_s=self.clock_s,
             )
             if before is not None:
-                self._restore(loop, before.checkpoint)
-            if before is not None and self._is_done(loop, before.manifest):
-                return self._sum_up(before.manifest, log, was_complete=True)
+                loop.restore(before.checkpoint.state, _progress(before.checkpoint))
             self._announce(loop, before, own_folder, manifest)
             state = loop.run()
             manifest = manifest.model_copy(update={"state": state, "updated_at": _now()})
@@ -180,7 +189,7 @@ class _Session:
                 loop.event(LogEvent.FINISHED)
             if own_folder is not None:
                 own_folder.write_manifest(manifest)
-            return self._sum_up(manifest, log, was_complete=False)
+            return self._sum_up(manifest, () if log is None else log.lines(), was_complete=False)
 
     def _total_samples(self) -> int:
         if self.request.samples is not None:
@@ -194,14 +203,12 @@ class _Session:
         checkpoint = load_checkpoint(self.folder.path, fingerprint=fingerprint)
         return None if manifest is None or checkpoint is None else _Earlier(manifest, checkpoint)
 
-    def _restore(self, loop: TrainingLoop, checkpoint: Checkpoint) -> None:
-        loop.restore(checkpoint.state, _progress(checkpoint))
-
-    def _is_done(self, loop: TrainingLoop, manifest: TrainingManifest) -> bool:
+    def _is_done(self, before: "_Earlier", total: int) -> bool:
         """Whether nothing is left to train: all samples are used, or the same target was met."""
-        if manifest.state is TrainingState.TARGET_REACHED and manifest.target == self.request.target:
+        state = before.manifest.state
+        if state is TrainingState.TARGET_REACHED and before.manifest.target == self.request.target:
             return True
-        return loop.is_complete and manifest.state in {TrainingState.FINISHED, TrainingState.TARGET_MISSED}
+        return int(str(_progress(before.checkpoint)["samples"])) >= total and state in {TrainingState.FINISHED, TrainingState.TARGET_MISSED}
 
     def _announce(
         self, loop: TrainingLoop, before: "_Earlier | None", own_folder: TrainingFolder | None, manifest: TrainingManifest
@@ -221,9 +228,8 @@ class _Session:
         changed = before.manifest.code_files != self.origin.code_files
         loop.event(LogEvent.RESUMED, f"from {before.checkpoint.file.name}" + ("; the code has changed since" if changed else ""))
 
-    def _sum_up(self, manifest: TrainingManifest, log: TrainingLog | None, *, was_complete: bool) -> TrainedRun:
+    def _sum_up(self, manifest: TrainingManifest, lines: tuple[LogLine, ...], *, was_complete: bool) -> TrainedRun:
         peers = self.parts.peers
-        lines = () if log is None else log.lines()
         return TrainedRun(
             result=peers.share(lambda: training_result(manifest, lines)),
             manifest=manifest,
@@ -232,6 +238,7 @@ class _Session:
             average=self.parts.average,
             folder=self.folder.path if self.folder is not None and peers.rank == 0 else None,
             rank=peers.rank,
+            is_kept=self.folder is not None,
             was_complete=was_complete,
         )
 
@@ -251,9 +258,14 @@ class _Session:
             plan=parts.plan,
             plan_source=request.plan_source,
             schedule=request.schedule_words,
+            batch_schedule=request.schedule,
+            schedule_asked=request.schedule_asked,
+            forecast=request.forecast,
             samples=total,
             samples_per_epoch=parts.loader.samples_per_epoch,
             target=request.target,
+            evaluate_every=request.evaluate_every,
+            noise_every=request.noise_every,
             seed=parts.rig.seed,
             device=str(device),
             device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),

@@ -19,6 +19,7 @@ from rightbatch.records.plan import BatchPlan
 from rightbatch.training.batch_schedule import SettingSource
 from rightbatch.training.coupling import Coupling
 from rightbatch.training.monitor import NoiseMonitor
+from rightbatch.training.sample_average import SampleAverage
 from rightbatch.workload.ingredients import Batch, StepLoss, map_tensors, sample_count
 from rightbatch.workload.objective import Objective, is_torch_sum, mean_weight
 from rightbatch.workload.splitting import split_batch
@@ -119,7 +120,8 @@ class Stepper:
         couples_samples: Whether the loss is more than a mean over samples.
         clip_norm: Largest norm of the gradient; None does not clip.
         scaler: The GradScaler; under ``fp16`` one is made if none is given.
-        average: A moving average of the weights, such as ``torch.optim.swa_utils.AveragedModel``, updated after every step.
+        average: A moving average of the weights, such as ``torch.optim.swa_utils.AveragedModel``, updated after every step; one that
+            forgets as fast at every batch size is ``rightbatch.training.sample_average.SampleAverage``.
         noise_every: Measure the gradient noise on every so many steps; None never.
         dataset_size: Training samples that are drawn without replacement, for the noise; None where they never come again.
 
@@ -203,13 +205,19 @@ class Stepper:
             WorkloadError: The batch or the loss is not of a shape that it must be.
             UsageError: The loss couples samples, and the batch does not fit in one micro-batch.
             NothingFitsError: Not even one sample fits.
+            RankError: Not even one sample fits on another rank.
         """
         own_samples = sample_count(batch)
         parallel = self._trainee.parallel
         all_samples = own_samples * (1 if parallel is None else parallel.ranks) if samples is None else samples
         measured = self._monitor if self._monitor is not None and self._monitor.measures_next_step else None
-        window = self._window(batch, own_samples, is_measured=measured is not None)
-        result = self._backward.run(batch, window)
+        with contextlib.nullcontext() if parallel is None else parallel.failure_shared():
+            window = self._window(batch, own_samples, is_measured=measured is not None)
+            result = self._backward.run(batch, window)
+        if self._monitor is not None:
+            self._monitor.count_samples(self._samples_seen + all_samples)
+        if isinstance(self._trainee.average, SampleAverage):
+            self._trainee.average.count_samples(all_samples)
         setting = self._coupling.setting_at(self._samples_seen)
         with self._coupling.applied(setting):
             lr = self._trainee.optimizer.param_groups[0]["lr"]
@@ -239,9 +247,9 @@ class Stepper:
             )
         micro_batches = split_batch(batch, size)
         weights = window_weights(objective, micro_batches)
-        total: Weight = expected_weight(weights, micro_batches)
+        total = None if weights is None else expected_weight(weights, micro_batches)
         if parallel is not None:
-            total = self._shared_total(parallel, total)
+            total = self._shared_total(parallel, total, own_samples)
             if self.micro_batch_size < size:
                 micro_batches = split_batch(batch, self.micro_batch_size)
                 weights = window_weights(objective, micro_batches)
@@ -254,11 +262,12 @@ class Stepper:
             before_last=None if parallel is None else self._backward.before_last,
         )
 
-    def _shared_total(self, parallel: DataParallel, own: Weight) -> Weight:
-        sums = parallel.begin_window(own)
+    def _shared_total(self, parallel: DataParallel, own: Weight | None, own_samples: int) -> Weight:
+        sums = parallel.begin_window(float(own_samples) if own is None else own)
         if parallel.anyone_shrank():
             self._backward.micro_batch_size = parallel.smallest(self.micro_batch_size)
-        return sums.weight() / parallel.ranks
+        total = sums.weight() / parallel.ranks
+        return total if own is not None else total * parallel.counted_per_sample
 
     def _watch(self, samples: int, weight: float) -> contextlib.AbstractContextManager[None]:
         assert self._monitor is not None, "only windows of a monitored training are watched"  # noqa: S101

@@ -23,14 +23,13 @@ from rightbatch.records.measurements import (
 )
 from rightbatch.records.plan import Findings
 from rightbatch.records.run import RunFolder, RunManifest
-from rightbatch.tuner.kept import ORDER, WORKLOAD, Kept, answer_at_once, digest, now, read_kept
-from rightbatch.tuner.request import Part, Progress, Request, SilentProgress, Source, parts_of
+from rightbatch.tuner.kept import ORDER, RUNS_FOLDER, SWEPT, WORKLOAD, Kept, answer_at_once, digest, now, read_kept, take_in_sweep
+from rightbatch.tuner.request import STANDARD_PARTS, Part, Progress, Request, SilentProgress, Source, parts_of
 
 if TYPE_CHECKING:
     from rightbatch.engine.rig import Rig
     from rightbatch.tuner.measuring import Measuring
 
-RUNS_FOLDER = Path("rightbatch-runs")
 _FINDINGS = "findings"
 """The last stage of all ranks."""
 
@@ -119,10 +118,12 @@ def _lead(asked: _Asked) -> FoundRun:
         findings = _measure_and_judge(asked, Kept(None, "", {}))
         path = None
     else:
-        path = request.out or RUNS_FOLDER / _folder_name(asked.source, request, asked.ranks.world_size)
+        path = request.out or default_folder(asked.source, request, asked.ranks.world_size)
         folder = RunFolder.create(path, fresh=request.fresh)
         with folder.lock(), folder.removed_if_empty():
             kept = read_kept(folder, asked.source, request, rank_count=asked.ranks.world_size)
+            if request.parts >= STANDARD_PARTS:
+                take_in_sweep(kept, asked.source)
             known = answer_at_once(folder, request, kept)
             if known is not None:
                 _share_waiting(asked.ranks, frozenset())
@@ -151,12 +152,20 @@ def _share_waiting(ranks: Ranks, waiting: frozenset[Part]) -> frozenset[Part]:
     return frozenset(Part(name) for name in json.loads(shared))
 
 
-def _folder_name(source: Source, request: Request, rank_count: int) -> str:
-    """The same question gets the same folder; another limit, precision, device or number of ranks its own: none spoils another's parts."""
+def default_folder(source: Source, request: Request, rank_count: int = 1) -> Path:
+    """Return the run folder of a question that names none.
+
+    The same question gets the same folder; another limit, precision, device or number of ranks its own: none spoils another's parts.
+
+    Args:
+        source: Where the workload comes from.
+        request: What is asked.
+        rank_count: Processes that ask together.
+    """
     settings: tuple[object, ...] = (request.device, request.precision, request.max_batch, request.limit_bytes)
     if rank_count > 1:
         settings = (*settings, rank_count)
-    return f"{source.name}-{digest(source.spec, *source.arguments, str(settings))[:8]}"
+    return RUNS_FOLDER / f"{source.name}-{digest(source.spec, *source.arguments, str(settings))[:8]}"
 
 
 def _measure_and_judge(asked: _Asked, kept: Kept) -> Findings:
@@ -166,12 +175,14 @@ def _measure_and_judge(asked: _Asked, kept: Kept) -> Findings:
     waiting = frozenset(part for part in wanted if part.value not in kept.parts)
     _share_waiting(asked.ranks, waiting)
     duration_s = 0.0
+    if kept.folder is not None:
+        kept.folder.keep_only(kept.parts)
     if waiting or kept.environment is None:
-        if kept.folder is not None:
-            kept.folder.keep_only(kept.parts)
         duration_s = _measure(asked, kept, waiting)
     findings = _judge(asked, kept).model_copy(update={"reused_parts": taken_over, "duration_s": duration_s})
     if kept.folder is not None:
+        if SWEPT in kept.parts:
+            kept.keep(SWEPT, kept.parts[SWEPT], request)
         kept.folder.write_findings(findings)
         if kept.manifest is not None:
             kept.write_manifest(_asked_again(kept.manifest, request, asked.command))

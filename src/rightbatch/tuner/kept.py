@@ -3,7 +3,7 @@
 import hashlib
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -11,14 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from rightbatch._version import __version__
+from rightbatch.errors import RunFolderError
+from rightbatch.fits.swept import evidence_of
 from rightbatch.records.environment import Environment
 from rightbatch.records.measurements import Measurements
 from rightbatch.records.plan import Findings
 from rightbatch.records.record import Record
 from rightbatch.records.run import PART_KINDS, RunFolder, RunManifest, StoredPart
+from rightbatch.records.sweep_folder import SweepFolder
+from rightbatch.records.training import SweepEvidence
 from rightbatch.tuner.request import Part, Request, Source, parts_of
 
-WORKLOAD = "workload"
+WORKLOAD, SWEPT = "workload", "swept"
+RUNS_FOLDER = Path("rightbatch-runs")
 ORDER = (Part.MEMORY, Part.STEP_TIME, Part.LOADER, Part.LR_RANGE, Part.GRADIENT_NOISE, Part.BRANCHES)
 
 
@@ -38,7 +43,7 @@ class Kept:
         """Take a new measurement in, and write it into the folder at once."""
         measured_at = now()
         self.parts[name] = record
-        if name != WORKLOAD:
+        if name not in (WORKLOAD, SWEPT):
             self.measured_at = min(self.measured_at or measured_at, measured_at)
         if self.folder is not None:
             fingerprint = _part_fingerprint(self.base_fingerprint, name, request)
@@ -87,8 +92,39 @@ def read_kept(folder: RunFolder, source: Source, request: Request, *, rank_count
     kept.environment, kept.manifest = manifest.environment, manifest
     cut_short = _cut_short(folder, holding) if request.budget_s > (manifest.budget_s or request.budget_s) else set()
     kept.parts = {name: part.record for name, part in holding.items() if name not in cut_short}
-    kept.measured_at = min((part.measured_at for name, part in holding.items() if name in kept.parts and name != WORKLOAD), default="")
+    kept.measured_at = min(
+        (part.measured_at for name, part in holding.items() if name in kept.parts and name not in (WORKLOAD, SWEPT)), default=""
+    )
     return kept
+
+
+def take_in_sweep(kept: Kept, source: Source) -> None:
+    """Let the latest finished sweep of the same workload, with the same code, take part in the answer; its trials are training probes.
+
+    Args:
+        kept: What is known before measuring.
+        source: Where the workload comes from.
+    """
+    found = max(_sweeps_of(source), key=lambda pair: pair[0], default=None)
+    kept.parts.pop(SWEPT, None)
+    if found is not None:
+        kept.parts[SWEPT] = found[1]
+
+
+def _sweeps_of(source: Source) -> Iterator[tuple[str, SweepEvidence]]:
+    """Finished sweeps below ``rightbatch-runs``, with the time of their last change; what cannot be read is somebody else's concern."""
+    for path in sorted(RUNS_FOLDER.iterdir()) if RUNS_FOLDER.is_dir() else ():
+        if not SweepFolder.is_at(path):
+            continue
+        try:
+            manifest, result = SweepFolder(path).read_manifest(), SweepFolder(path).read_result()
+        except RunFolderError:
+            continue
+        if manifest is None or result is None or (manifest.workload_spec, manifest.workload_arguments) != (source.spec, source.arguments):
+            continue
+        evidence = evidence_of(result, str(path)) if source.code_is_unchanged(manifest.code_files) else None
+        if evidence is not None:
+            yield manifest.updated_at, evidence
 
 
 def _cut_short(folder: RunFolder, parts: Mapping[str, StoredPart[Any]]) -> set[str]:
@@ -118,6 +154,8 @@ def answer_at_once(folder: RunFolder, request: Request, kept: Kept) -> Findings 
     findings = folder.read_findings()
     if findings is None or kept.environment is None or findings.measured_at != kept.measured_at:
         return None
+    if findings.swept != kept.parts.get(SWEPT):
+        return None
     if not kept.parts.keys() <= _judged_parts(findings):  # the run ended between the last measurement and its verdict
         return None
     if (findings.recommendation.objective, findings.constraints) != (request.objective, request.constraints):
@@ -134,7 +172,7 @@ def _judged_parts(findings: Findings) -> set[str]:
         Part.BRANCHES: findings.branches,
         Part.LR_RANGE: findings.lr_range,
     }
-    return {WORKLOAD, *(part.value for part, conclusion in judged.items() if conclusion is not None)}
+    return {WORKLOAD, SWEPT, *(part.value for part, conclusion in judged.items() if conclusion is not None)}
 
 
 def _machine() -> tuple[str, ...]:

@@ -172,7 +172,7 @@ def test_memory_that_could_not_be_measured_is_no_answer(tuner) -> None:
 
 USAGE_ERRORS = {
     "nope": 'Unknown command "nope". Did you mean "noise"? '
-    "Available commands: find, memory, speed, noise, show, report, doctor. See `rightbatch --help`.",
+    "Available commands: find, memory, speed, noise, sweep, train, show, report, ... See `rightbatch --help`.",
     "find": 'Command "find" parameter WORKLOAD requires an argument. See `rightbatch find --help`.',
     "find train.py:workload --limit 3parsecs": "Invalid value for --limit: a positive number and one of the units "
     "b, kib, mib, gib, tib, kb, mb, gb, tb, k, m, g, t is needed; got '3parsecs'; write it like 24GiB. See `rightbatch find --help`.",

@@ -23,7 +23,7 @@ def loaded(*words: str) -> set[str]:
     return set(result.stdout.split())
 
 
-@pytest.mark.parametrize("words", [("--help",), ("find", "--help"), ("show", "--help"), ("--version",), ()])
+@pytest.mark.parametrize("words", [("--help",), ("find", "--help"), ("train", "--help"), ("show", "--help"), ("--version",), ()])
 def test_help_loads_nothing_heavy(words) -> None:
     assert loaded(*words).isdisjoint(HEAVY)
 

@@ -106,7 +106,6 @@ def test_setting_couples_rate_and_company_as_the_recommendation_does():
     assert words["betas"].startswith(f"{0.9**setting.beta_power:.3g}, {0.999**setting.beta_power:.4g}")
     assert words["weight decay"].startswith(f"{0.05 * setting.weight_decay_factor:.3g}")
     assert setting.clip_factor == pytest.approx(clip_factor(2.0, 600.0, 128, 512))
-    assert setting.average_power == 4.0
 
 
 def test_sgd_keeps_weight_decay_and_layerwise_optimizers_keep_betas():
@@ -123,13 +122,13 @@ def test_unknown_optimizer_and_missing_coupling_keep_the_rate():
     assert coupled_setting(SizeCoupling(base_batch_size=64, optimizer="Muon"), 256).lr_factor == 1.0
 
 
-def test_rate_of_a_decision_saturates_at_the_noise_scale_it_rests_on():
+def test_setting_of_a_decision_is_that_of_a_whole_run_at_its_size():
     coupling = SizeCoupling(base_batch_size=64, optimizer="SGD", noise_scale_samples=50.0)
     decisions = (SizeDecision(samples_seen=1001, global_batch_size=256, noise_scale_samples=5000.0),)
     schedule = adaptive(coupling=coupling)
 
     assert setting_at(schedule, 1000, decisions) == BatchSetting(global_batch_size=64)
-    assert setting_at(schedule, 1001, decisions).lr_factor == pytest.approx(saturating_gain(5000.0, 64, 256))
+    assert setting_at(schedule, 1001, decisions) == coupled_setting(coupling, 256)
 
 
 @given(noise=st.floats(1, 1e5), half=st.floats(1, 1e4), calibration=st.floats(0.1, 5))

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 
+from oracles.oracle_curves import law_s
 from oracles.oracle_schedule import best_ratio_by_quadrature, findings, noise_along
 from rightbatch.fits import schedule_forecast
 from rightbatch.fits.schedule_forecast import WORTH_IT, forecast_schedule
 from rightbatch.records.estimates import BranchCurve, Estimate, Status, Tradeoff
 from rightbatch.records.plan import Constraints
-from rightbatch.records.schedule import ConstantSize, GeometricGrowth, NoiseAdaptive, ScheduleForecast
+from rightbatch.records.schedule import ConstantSize, GeometricGrowth, GrowthForDecay, NoiseAdaptive, ScheduleForecast
 
 TOTAL = 200_000
 POSITIONS = range(0, TOTAL + 1, TOTAL // 24)
@@ -113,6 +114,23 @@ def test_branches_move_the_belief_about_the_critical_size():
     assert best_fixed(2000.0) == pytest.approx(np.sqrt(2000 * 160), rel=0.15)
 
 
+def test_growth_instead_of_decay_saves_the_seconds_of_its_samples():
+    growing = GrowthForDecay(start=64, factor=4.0, at_samples=(TOTAL // 2, 3 * TOTAL // 4), largest=1024)
+    forecast = forecast_schedule(findings(noise_along(flat, POSITIONS)), growing, TOTAL)
+
+    sample_s = {size: law_s(size, 0.02, 8000.0) / size for size in (64, 256, 1024)}
+    exact = (0.5 * sample_s[64] + 0.25 * sample_s[256] + 0.25 * sample_s[1024]) / sample_s[64]
+    assert forecast.relative_time.value == pytest.approx(exact, rel=0.01)
+    assert (forecast.worth_it, forecast.best_fixed_size, forecast.last_size) == (True, 64, 1024)
+    assert "with the rate divided: as many samples by assumption, and fewer steps" in forecast.reasons[0]
+
+
+def test_growth_instead_of_decay_is_not_worth_it_where_steps_cost_by_the_sample():
+    growing = GrowthForDecay(start=64, factor=4.0, at_samples=(TOTAL // 2,), largest=1024)
+
+    assert not forecast_schedule(findings(noise_along(flat, POSITIONS), fixed_s=1e-5), growing, TOTAL).worth_it
+
+
 def test_equal_arguments_give_equal_forecasts_that_round_trip():
     given = findings(noise_along(steep, (0, 1000, 5000)))
     forecast = forecast_schedule(given, adaptive(), TOTAL)
@@ -124,9 +142,12 @@ def test_equal_arguments_give_equal_forecasts_that_round_trip():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"noise_scale": None}, "Without a noise scale"),
-        ({"step_time": None}, "Without a noise scale, a step time"),
-        ({"noise_scale": noise_along(flat, (5,)).model_copy(update={"snapshots": (), "status": Status.INDETERMINATE})}, "says nothing yet"),
+        ({"noise_scale": None}, "The gradient noise is not known"),
+        ({"step_time": None}, "Without a step time and a plan"),
+        (
+            {"noise_scale": noise_along(flat, (5,)).model_copy(update={"snapshots": (), "status": Status.INDETERMINATE})},
+            "The gradient noise is not known",
+        ),
     ],
 )
 def test_missing_measurement_gives_no_forecast(changes, words):
@@ -134,6 +155,12 @@ def test_missing_measurement_gives_no_forecast(changes, words):
 
     assert (forecast.status, forecast.worth_it, forecast.relative_time.value) == (Status.INDETERMINATE, False, None)
     assert words in forecast.reasons[0]
+
+
+def test_size_limit_below_every_timed_size_gives_no_forecast():
+    given = findings(noise_along(flat, POSITIONS), constraints=Constraints(max_global_batch_size=8))
+
+    assert "No timed size is allowed" in forecast_schedule(given, adaptive(), TOTAL).reasons[0]
 
 
 def test_loss_that_couples_samples_gets_no_forecast():

@@ -127,9 +127,21 @@ def test_sizes_that_never_arrive_say_that_they_need_more():
     settings = settings_of()
     trials = sweep(Law(largest=64), settings)
 
-    stopped = [probe for probe in probes_of(settings, trials) if probe.outcome is ProbeOutcome.STOPPED]
+    stopped = [probe for probe in probes_of(settings, trials, is_complete=True) if probe.outcome is ProbeOutcome.STOPPED]
 
     assert [probe.global_batch_size for probe in stopped] == [128]
+
+
+def test_a_size_where_every_rate_fails_on_a_seed_is_unsteady_and_no_part_of_the_curve():
+    class Failing(Law):
+        def samples(self, spec):
+            return math.inf if (spec.global_batch_size, spec.seed) == (512, 2) else super().samples(spec)
+
+    result = result_of(Failing(noise=0.0, sharpness=0.0))
+
+    assert result.points[-1].status == "unsteady"
+    assert result.points[-1].samples.value is None
+    assert result.critical_batch_size.value == pytest.approx(120, rel=0.01)
 
 
 def test_a_sweep_that_was_ended_early_is_partial():

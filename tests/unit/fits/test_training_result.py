@@ -3,7 +3,7 @@
 import pytest
 
 import training_samples as samples
-from rightbatch.fits.training_result import predicted_curve, predicted_seconds, thinned, training_result
+from rightbatch.fits.training_result import evenly, predicted_curve, predicted_seconds, thinned, training_result
 from rightbatch.records.training_log import EvaluationLine, StepLine
 from rightbatch.records.training_run import PredictedStep, TrainingState
 
@@ -83,3 +83,12 @@ def test_short_logs_are_left_alone() -> None:
     steps = steps_of(samples.good())
 
     assert thinned(steps, 100) == tuple(steps)
+
+
+@pytest.mark.parametrize(("count", "most"), [(3, 5), (5, 5), (1000, 7), (10, 1)])
+def test_items_are_picked_evenly_up_to_the_last(count: int, most: int) -> None:
+    picked = evenly(range(count), most)
+
+    assert len(picked) == min(count, most)
+    assert picked[-1] == count - 1
+    assert sorted(set(picked)) == list(picked)

@@ -292,7 +292,10 @@ def test_reading_a_folder_upgrades_it(folder: RunFolder, monkeypatch: pytest.Mon
 
 def test_schema_covers_every_file_and_resolves() -> None:
     whole = schema()
-    assert set(whole["properties"]) == {"run.json", "findings.json", *(f"{name}.json" for name in PART_KINDS)}
+    assert set(whole["properties"]) == {
+        *("run.json", "findings.json", "training.json", "log.jsonl", "train --json"),
+        *(f"{name}.json" for name in PART_KINDS),
+    }
     text = json.dumps(whole)
     for reference in set(text.split('"#/$defs/')[1:]):
         assert reference.split('"')[0] in whole["$defs"]

@@ -8,7 +8,7 @@ import pytest
 import training_samples as samples
 from rightbatch.errors import RunFolderBusyError, RunFolderError, UsageError
 from rightbatch.records.training_log import EvaluationLine, TrainingTarget
-from rightbatch.records.training_run import TrainingFolder
+from rightbatch.records.training_run import TrainingFolder, resume_command
 
 
 def evaluation(loss: float | None, metric: float | None) -> EvaluationLine:
@@ -34,6 +34,19 @@ def test_a_target_is_met_or_missed(text: str, met: EvaluationLine, missed: Evalu
 def test_another_form_of_target_is_refused_with_the_right_one(text: str) -> None:
     with pytest.raises(UsageError, match=r"write it like 'accuracy>=0\.97', in quotes"):
         TrainingTarget.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("command", "ranks", "wanted"),
+    [
+        ("rightbatch train a.py:w --epochs 1", 1, "rightbatch train a.py:w --epochs 1 --resume"),
+        ("rightbatch train a.py:w --fresh -- --resume", 1, "rightbatch train a.py:w --resume -- --resume"),
+        ("rightbatch train a.py:w --resume", 2, "torchrun --nproc-per-node 2 -m rightbatch train a.py:w --resume"),
+        ("", 1, ""),
+    ],
+)
+def test_the_command_that_goes_on_is_the_one_that_was_given(command: str, ranks: int, wanted: str) -> None:
+    assert resume_command(tuple(command.split()), world_size=ranks) == wanted
 
 
 def test_a_manifest_comes_back(tmp_path: Path) -> None:

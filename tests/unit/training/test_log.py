@@ -109,3 +109,13 @@ def test_tensorboard_gets_every_step_once_also_after_a_resume(tmp_path: Path) ->
             log.write(step_line(step))
 
     assert scalars(tmp_path, "train/loss") == [1, 2, 3, 4]
+
+
+def test_a_new_start_leaves_nothing_of_the_earlier_training_to_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("torch.utils.tensorboard")
+    for last in (5, 2):
+        with TrainingLog(tmp_path) as log:
+            for step in range(1, last + 1):
+                log.write(step_line(step))
+
+    assert scalars(tmp_path, "train/loss") == [1, 2]

@@ -1,0 +1,85 @@
+"""Where trials run: anything that takes a function and its parameters and gives a future."""
+
+import re
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Protocol, TypeVar
+
+from rightbatch.errors import UsageError
+
+P = TypeVar("P")
+R = TypeVar("R")
+
+_WHERE = re.compile(r"([a-z]+)(?::(.+))?")
+HOMES = {
+    "local": "rightbatch.sweeps.executors.local",
+    "ray": "rightbatch.sweeps.executors.ray",
+    "slurm": "rightbatch.sweeps.executors.slurm",
+}
+"""The module of each executor, with a function ``open_executor(setting)``."""
+
+
+class Executor(Protocol):
+    """Runs functions in other processes, several at once."""
+
+    @property
+    def slots(self) -> int:
+        """How many run at once."""
+
+    @property
+    def threads(self) -> int | None:
+        """Threads that a trial should compute with; none leaves it to torch."""
+
+    def submit(self, function: Callable[[P], R], params: P) -> "Future[R]":
+        """Run a function in a process of its own.
+
+        The future raises what the function raised; ``WorkerKilledError`` when its process was killed, ``ClusterError`` when it was lost.
+
+        Args:
+            function: Of a module, or anything that cloudpickle takes.
+            params: Its only argument.
+        """
+
+    def close(self) -> None:
+        """End everything that still runs, without waiting for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutorSetting:
+    """What an executor needs to know.
+
+    Attributes:
+        address: What follows the colon of ``--on``; empty when nothing does.
+        jobs: Trials at once; none lets the executor choose.
+        device: Device of a trial, as the user named it.
+    """
+
+    address: str = ""
+    jobs: int | None = None
+    device: str = "auto"
+
+
+def parse_where(where: str) -> tuple[str, str]:
+    """Read ``local``, ``ray``, ``ray:ADDRESS``, ``slurm`` or ``slurm:PARTITION``; return the name and what follows the colon.
+
+    Raises:
+        UsageError: It is none of these.
+    """
+    match = _WHERE.fullmatch(where.strip())
+    if match is None or match[1] not in HOMES or (match[1] == "local" and match[2]):
+        raise UsageError(f"--on must be local, ray, ray:ADDRESS, slurm or slurm:PARTITION; got {where!r}.")
+    return match[1], match[2] or ""
+
+
+def open_executor(where: str, *, jobs: int | None, device: str) -> Executor:
+    """Return the executor of ``--on``.
+
+    Raises:
+        UsageError: There is none of this name.
+        ClusterError: It cannot be reached.
+    """
+    name, address = parse_where(where)
+    opened: Executor = import_module(HOMES[name]).open_executor(ExecutorSetting(address=address, jobs=jobs, device=device))
+    return opened
