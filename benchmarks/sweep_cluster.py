@@ -168,8 +168,8 @@ def main() -> int:
     parser.add_argument("--on", choices=("ray", "slurm"), default="ray")
     parser.add_argument("--workload", default="examples/digits.py:workload")
     parser.add_argument("--target", default="accuracy>=0.9")
-    parser.add_argument("--batches", default="32,64")
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--batches", default="16,32,64")
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--max-samples", type=int, default=20_000)
     parser.add_argument("--noops", type=int, default=200)
     parser.add_argument("--json", action="store_true")
@@ -204,8 +204,11 @@ def measure(arguments: argparse.Namespace) -> Measured:
         finish(start_sweep(arguments, "local", {}, here))
         begun_s = time.perf_counter()
         sweep = start_sweep(arguments, pair.where, pair.variables, there)
-        ended_before = lose_a_node(pair, sweep, there / JOURNAL_FILE)
-        said = finish(sweep)
+        try:
+            ended_before = lose_a_node(pair, sweep, there / JOURNAL_FILE)
+            said = finish(sweep)
+        finally:
+            sweep.kill()
         sweep_s = time.perf_counter() - begun_s
         wanted, _ = results_of(here)
         got, repeated = results_of(there)
@@ -223,11 +226,10 @@ def measure(arguments: argparse.Namespace) -> Measured:
 
 
 def goals_of(found: Measured, arguments: argparse.Namespace) -> list[Goal]:
-    each_s = 2 * found.noops_there_s / arguments.noops
-    return [
+    goals = [
         goal("trials of the sweep", found.trials_here, "trials", f">= {LEAST_TRIALS}", holds=found.trials_here >= LEAST_TRIALS),
         goal(
-            "trials ended when the node was killed",
+            "trials ended when the node was killed, while it ran another",
             found.ended_before,
             "trials",
             f">= {ENDED_BEFORE}, < all",
@@ -236,8 +238,11 @@ def goals_of(found: Measured, arguments: argparse.Namespace) -> list[Goal]:
         goal("trials completed on the cluster", found.trials_there, "trials", "as here", holds=found.trials_there == found.trials_here),
         goal("results told more than once", found.repeated, "results", "0", holds=found.repeated == 0),
         goal("trials whose result differs from here", found.different, "trials", "0, bit for bit", holds=found.different == 0),
-        goal("cluster's own time a trial", round(each_s, 3), "s a slot", "<= 1 (5 % of 20 s)", holds=each_s <= MOST_OVERHEAD_S),
     ]
+    if arguments.on == "ray":  # a job of SLURM starts its own Python and torch
+        each_s = 2 * found.noops_there_s / arguments.noops
+        goals.append(goal("Ray's own time a trial", round(each_s, 3), "s a slot", "<= 1 (5 % of 20 s)", holds=each_s <= MOST_OVERHEAD_S))
+    return goals
 
 
 if __name__ == "__main__":

@@ -291,10 +291,3 @@ def test_an_address_at_which_nothing_listens_is_refused_at_once(monkeypatch: pyt
     with pytest.raises(ClusterError, match="HOST:PORT"):
         open_executor(ExecutorSetting(address="somewhere"))
     assert ray.asked == {}
-
-
-def test_missing_ray_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
-
-    with pytest.raises(ClusterError, match=r"pip install 'rightbatch\[ray\]'"):
-        open_executor(ExecutorSetting(address="127.0.0.1:6379"))

@@ -178,6 +178,18 @@ def test_closing_cancels_the_jobs(tmp_path: Path) -> None:
     assert all(isinstance(future.exception(), WorkerKilledError) for future in futures)
 
 
+def test_a_folder_goes_with_its_executor_unless_a_log_is_left(tmp_path: Path) -> None:
+    for name, leaves in (("empty", False), ("left", True)):
+        folder = tmp_path / "jobs" / name
+        folder.mkdir(parents=True)
+        executor = SlurmExecutor(PlayedQueue(folder), PLACEMENT, folder=folder, poll_s=0.01)
+        if leaves:
+            with pytest.raises(UserCodeError):
+                executor.submit(_raise, None).result(timeout=10)
+        executor.close()
+        assert folder.exists() == leaves
+
+
 def test_a_partition_is_read_with_its_usable_nodes_and_its_limit() -> None:
     assert parse_partition(SINFO, "") == Partition(name="pair", nodes=(Node(4, 0), Node(4, 0)), most_minutes=None)
     assert parse_partition(SINFO, "short") == Partition(name="short", nodes=(Node(2, 3),), most_minutes=30)

@@ -5,9 +5,10 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Protocol, TypeVar
 
-from rightbatch.errors import UsageError
+from rightbatch.errors import ClusterError, UsageError
 
 P = TypeVar("P")
 R = TypeVar("R")
@@ -19,6 +20,8 @@ HOMES = {
     "slurm": "rightbatch.sweeps.executors.slurm",
 }
 """The module of each executor, with a function ``open_executor(setting)``."""
+_NEEDS = {"ray": "ray", "slurm": "submitit"}
+"""What must be installed for it; the extra has its name."""
 
 
 class Executor(Protocol):
@@ -66,11 +69,17 @@ def parse_where(where: str) -> tuple[str, str]:
 
     Raises:
         UsageError: It is none of these.
+        ClusterError: What it needs is not installed.
     """
     match = _WHERE.fullmatch(where.strip())
     if match is None or match[1] not in HOMES or (match[1] == "local" and match[2]):
         raise UsageError(f"--on must be local, ray, ray:ADDRESS, slurm or slurm:PARTITION; got {where!r}.")
-    return match[1], match[2] or ""
+    name, needed = match[1], _NEEDS.get(match[1])
+    if needed is not None and find_spec(needed) is None:
+        raise ClusterError(
+            f"--on {name} needs {needed}, which is not installed here; run: pip install 'rightbatch[{name}]'; or use --on local."
+        )
+    return name, match[2] or ""
 
 
 def open_executor(where: str, *, jobs: int | None, device: str) -> Executor:

@@ -55,12 +55,12 @@ def open_executor(setting: ExecutorSetting) -> "RayExecutor":
     """Connect to the cluster that is named, or to the one that runs here; without one, start one on this machine.
 
     Raises:
-        ClusterError: Ray is missing, the cluster cannot be reached, or it refuses.
+        ClusterError: The cluster cannot be reached, or it refuses.
     """
     address = setting.address or os.environ.get("RAY_ADDRESS") or _cluster_here()
     own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _own_token(), "RAY_USAGE_STATS_ENABLED": "0"}
     with _environment(_PATIENCE if address else {**_PATIENCE, **own}), _signals_kept():
-        ray = _import_ray()
+        ray = import_module("ray")
         if address:
             _check_address(address)
             _connect(ray, address)
@@ -99,14 +99,6 @@ def _started_here(ray: Any, setting: ExecutorSetting) -> "RayExecutor":
 def _own_token() -> str:
     """One for this process: Ray keeps the first that it reads."""
     return secrets.token_hex(32)
-
-
-def _import_ray() -> Any:  # the module
-    try:
-        ray = import_module("ray")
-    except ImportError as error:
-        raise ClusterError(f"--on ray needs Ray, which is not installed here ({error}); run: pip install 'rightbatch[ray]'.") from error
-    return ray
 
 
 def _connect(ray: Any, address: str) -> None:

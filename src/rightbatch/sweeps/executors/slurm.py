@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import queue
+import secrets
 import shutil
 import threading
 import time
@@ -66,11 +67,12 @@ def open_executor(setting: ExecutorSetting) -> "SlurmExecutor":
     """Return an executor for a partition: the one named, that of SBATCH_PARTITION, or the default one.
 
     Raises:
-        ClusterError: SLURM is not here or does not answer, or submitit is missing.
+        ClusterError: SLURM is not here, does not answer, or has no place for trials.
     """
     partition = read_partition(setting.address or os.environ.get("SBATCH_PARTITION", ""))
     placement = place(partition.nodes, device=setting.device, jobs=setting.jobs)
-    return SlurmExecutor(SlurmQueue(partition, placement, FOLDER), placement)
+    folder = FOLDER / secrets.token_hex(4)  # of its own: another cluster may count its jobs from one, too
+    return SlurmExecutor(SlurmQueue(partition, placement, folder), placement, folder=folder)
 
 
 @dataclass
@@ -98,14 +100,18 @@ class SlurmExecutor:
     Args:
         jobs: Where jobs wait and run.
         placement: What each gets.
+        folder: Where their files are, to be removed in the end when nothing is left in it; none keeps it.
         poll_s: Seconds between looks into the folder.
         ask_s: Seconds between questions to SLURM.
     """
 
-    def __init__(self, jobs: Queue, placement: Placement, *, poll_s: float = POLL_S, ask_s: float = ASK_S) -> None:
+    def __init__(
+        self, jobs: Queue, placement: Placement, *, folder: Path | None = None, poll_s: float = POLL_S, ask_s: float = ASK_S
+    ) -> None:
         self.slots = placement.slots
         self.threads: int | None = max(1, placement.cpus)
         self._jobs = jobs
+        self._folder = folder
         self._poll_s, self._ask_s = poll_s, ask_s
         self._asked_s = time.monotonic()
         self._missed = 0
@@ -128,6 +134,10 @@ class SlurmExecutor:
         self._jobs.cancel([errand.job for errand in self._errands if errand.job is not None])
         for errand in self._errands:
             errand.future.set_exception(WorkerKilledError("the executor was closed before the trial ended"))
+        if self._folder is not None:
+            with contextlib.suppress(OSError):  # logs of jobs that did not end well stay
+                self._folder.rmdir()
+                self._folder.parent.rmdir()
 
     def _serve(self) -> None:
         """Look after all jobs until ``None`` is put in."""

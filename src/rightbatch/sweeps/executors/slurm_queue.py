@@ -129,20 +129,14 @@ class SlurmQueue:
         folder: Where submitit keeps the files of jobs; every node must see it.
 
     Raises:
-        ClusterError: submitit is missing, or the partition allows too little time.
+        ClusterError: The partition allows too little time.
     """
 
     def __init__(self, partition: Partition, placement: Placement, folder: Path) -> None:
-        try:
-            submitit = import_module("submitit")
-        except ImportError as error:
-            raise ClusterError(
-                f"--on slurm needs submitit, which is not installed here ({error}); run: pip install 'rightbatch[slurm]'."
-            ) from error
         minutes = min(partition.most_minutes or MOST_MINUTES, MOST_MINUTES)
         if minutes < LEAST_MINUTES:
             raise ClusterError(f"a job needs {LEAST_MINUTES} minutes; partition {partition.name} allows {minutes}; name another one.")
-        self._submitter = submitit.SlurmExecutor(folder=folder / "%j")  # a folder for every job
+        self._submitter = import_module("submitit").SlurmExecutor(folder=folder / "%j")  # a folder for every job
         self._submitter.update_parameters(
             job_name=JOB_NAME,
             partition=partition.name,
