@@ -21,12 +21,12 @@ class Hyperbola:
 
     Attributes:
         critical: B_crit with its 95 % interval, in samples.
-        fewest_samples: E_min.
+        fewest_samples: E_min; none where samples grow at least in proportion to the size, which no hyperbola does.
         error: Root of the mean squared distance of log E from the hyperbola.
     """
 
     critical: Estimate
-    fewest_samples: float
+    fewest_samples: float | None
     error: float
 
 
@@ -74,7 +74,7 @@ def fit_hyperbola(sizes: Sequence[int], runs: Sequence[Sequence[float]]) -> Hype
     within = _within(squares, float(squares[at]), len(sizes), runs)
     return Hyperbola(
         critical=_critical(grid, at, within, n=sum(len(samples) for samples in runs)),
-        fewest_samples=float(np.exp(levels[at].mean())),
+        fewest_samples=float(np.exp(levels[at].mean())) if at > 0 else None,
         error=math.sqrt(float(squares[at]) / len(sizes)),
     )
 
@@ -91,14 +91,13 @@ def _within(squares: FloatArray, least: float, size_count: int, runs: Sequence[S
 
 
 def _critical(grid: FloatArray, at: int, within: FloatArray | None, *, n: int) -> Estimate:
-    is_largest = at == len(grid) - 1
-    value = None if is_largest else float(grid[at])
+    value = float(grid[at]) if 0 < at < len(grid) - 1 else None
     if within is None:
-        return Estimate(value=value, low=None, high=None, n=n)
+        return Estimate(value=value, low=None, high=None, n=n, status=Status.INDETERMINATE if value is None else Status.OK)
     first, last = int(within[0]), int(within[-1])
     is_open = last == len(grid) - 1
     low = 0.0 if first == 0 else float(grid[first])
-    if is_open and first == 0:
+    if first == 0 and (is_open or at == 0):
         return Estimate(value=value, low=None, high=None, n=n, status=Status.INDETERMINATE)
     return Estimate(
         value=value, low=low, high=None if is_open else float(grid[last]), n=n, status=Status.AT_LEAST if is_open else Status.OK

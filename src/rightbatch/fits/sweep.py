@@ -294,7 +294,7 @@ def _best(values: Sequence[float], *, is_loss: bool) -> float | None:
 
 def _fewest_steps(hyperbola: Hyperbola | None) -> float | None:
     """S_min = E_min / B_crit; none where B_crit is not known."""
-    if hyperbola is None or not hyperbola.critical.value:
+    if hyperbola is None or hyperbola.fewest_samples is None or not hyperbola.critical.value:
         return None
     return hyperbola.fewest_samples / hyperbola.critical.value
 

@@ -167,6 +167,18 @@ def test_a_curve_that_never_bends_gives_a_lower_bound():
     assert critical.high is None
 
 
+def test_samples_that_grow_faster_than_the_size_are_no_hyperbola():
+    class Steep(Law):
+        def samples(self, spec):
+            return super().samples(spec) * (spec.global_batch_size / 64) ** 1.4
+
+    result = result_of(Steep(critical=1e6, noise=0.0, sharpness=0.0), sizes=(32, 64, 128))
+
+    assert result.critical_batch_size.value is None
+    assert result.critical_batch_size.status is Status.INDETERMINATE
+    assert (result.fewest_samples, result.fewest_steps) == (None, None)
+
+
 def test_metrics_are_compared_at_samples_that_every_size_had():
     result = result_of(Law(noise=0.0, sharpness=0.0))
 

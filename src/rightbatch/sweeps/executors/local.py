@@ -159,10 +159,12 @@ class _Template:
 
     def hand_over(self, theirs: socket.socket) -> None:
         """Let it fork a process that answers on this socket."""
-        if self._process.poll() is not None:
-            self._connection.close()
+        try:
+            self._send(FORK, theirs)
+        except OSError:
+            self.close()
             self._start()
-        self._send(FORK, theirs)
+            self._send(FORK, theirs)
 
     def _send(self, asked: bytes, *sockets: socket.socket) -> None:
         with socket.socket(fileno=os.dup(self._connection.fileno())) as channel:
