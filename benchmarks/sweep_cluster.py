@@ -4,7 +4,7 @@ Run: python benchmarks/sweep_cluster.py [--on ray|slurm] [--workload FILE.py:FUN
 (the processes of both nodes run on this machine; Ray: pip install 'rightbatch[ray]'; SLURM: root and Debian's slurm-wlm and munge)
 
 The sweep is run by its command, first with --on local, then with --on ray:ADDRESS or --on slurm:PARTITION. When four of the cluster's
-trials have ended and the second node works on another, that node is killed. Times for trials that do nothing follow, on both.
+trials have ended and the second node works on another, that node is killed. Trials that do nothing are timed before, on both.
 """
 
 import argparse
@@ -71,30 +71,19 @@ def start_pair(kind: str) -> AbstractContextManager[Pair]:
 
 def start_sweep(arguments: argparse.Namespace, where: str, variables: dict[str, str], out: Path) -> "subprocess.Popen[str]":
     """Start the command of a user."""
-    command = [
-        sys.executable,
-        "-m",
-        "rightbatch",
-        "sweep",
-        arguments.workload,
-        "--target",
-        arguments.target,
-        "--batches",
-        arguments.batches,
-    ]
-    command += ["--seeds", str(arguments.seeds), "--max-samples", str(arguments.max_samples)]
-    command += [
-        "--threads",
-        "1",
-        "--device",
-        "cpu",
-        "--on",
-        where,
-        "--out",
-        str(out),
-        "--json",
-        *(["--jobs", "2"] if where == "local" else []),
-    ]
+    options = {
+        "--target": arguments.target,
+        "--batches": arguments.batches,
+        "--seeds": str(arguments.seeds),
+        "--max-samples": str(arguments.max_samples),
+        "--threads": "1",
+        "--device": "cpu",
+        "--jobs": "2",
+        "--on": where,
+        "--out": str(out),
+    }
+    words = [word for option in options.items() for word in option]
+    command = [sys.executable, "-m", "rightbatch", "sweep", arguments.workload, *words, "--json"]
     return subprocess.Popen(command, env={**os.environ, **variables}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -114,7 +103,7 @@ def lose_a_node(pair: Pair, sweep: "subprocess.Popen[str]", journal: Path) -> in
             pair.lose_second()
             return ended
         time.sleep(_POLL_S)
-    raise RuntimeError("the sweep ended before the node could be killed; make its trials longer")
+    raise RuntimeError(f"the sweep ended before the node could be killed while it ran a trial: {sweep.communicate()[1][-3000:]}")
 
 
 def results_of(folder: Path) -> tuple[dict[str, dict[str, object]], int]:
@@ -168,8 +157,8 @@ def main() -> int:
     parser.add_argument("--on", choices=("ray", "slurm"), default="ray")
     parser.add_argument("--workload", default="examples/digits.py:workload")
     parser.add_argument("--target", default="accuracy>=0.9")
-    parser.add_argument("--batches", default="16,32,64")
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--batches", default="32,64")
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--max-samples", type=int, default=20_000)
     parser.add_argument("--noops", type=int, default=200)
     parser.add_argument("--json", action="store_true")
@@ -210,13 +199,12 @@ def measure(arguments: argparse.Namespace) -> Measured:
         finally:
             sweep.kill()
         sweep_s = time.perf_counter() - begun_s
-        wanted, _ = results_of(here)
-        got, repeated = results_of(there)
+        (wanted, _), (got, repeated) = results_of(here), results_of(there)
     return Measured(
         trials_here=len(wanted),
         trials_there=len(got),
         repeated=repeated,
-        different=sum(got.get(spec) != outcome for spec, outcome in wanted.items()) + len(got.keys() - wanted.keys()),
+        different=sum(got.get(spec) != wanted.get(spec) for spec in wanted.keys() | got.keys()),
         ended_before=ended_before,
         said=[line for line in said.splitlines() if "lost" in line],
         sweep_s=sweep_s,
@@ -227,7 +215,8 @@ def measure(arguments: argparse.Namespace) -> Measured:
 
 def goals_of(found: Measured, arguments: argparse.Namespace) -> list[Goal]:
     goals = [
-        goal("trials of the sweep", found.trials_here, "trials", f">= {LEAST_TRIALS}", holds=found.trials_here >= LEAST_TRIALS),
+        goal("trials completed here", found.trials_here, "trials", f">= {LEAST_TRIALS}", holds=found.trials_here >= LEAST_TRIALS),
+        goal("trials completed there", found.trials_there, "trials", f">= {LEAST_TRIALS}", holds=found.trials_there >= LEAST_TRIALS),
         goal(
             "trials ended when the node was killed, while it ran another",
             found.ended_before,
@@ -235,9 +224,8 @@ def goals_of(found: Measured, arguments: argparse.Namespace) -> list[Goal]:
             f">= {ENDED_BEFORE}, < all",
             holds=ENDED_BEFORE <= found.ended_before < found.trials_there,
         ),
-        goal("trials completed on the cluster", found.trials_there, "trials", "as here", holds=found.trials_there == found.trials_here),
         goal("results told more than once", found.repeated, "results", "0", holds=found.repeated == 0),
-        goal("trials whose result differs from here", found.different, "trials", "0, bit for bit", holds=found.different == 0),
+        goal("trials missing, or with another result than here", found.different, "trials", "0, bit for bit", holds=found.different == 0),
     ]
     if arguments.on == "ray":  # a job of SLURM starts its own Python and torch
         each_s = 2 * found.noops_there_s / arguments.noops

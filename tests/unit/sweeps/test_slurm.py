@@ -12,7 +12,7 @@ import cloudpickle
 import pytest
 import submitit
 
-from rightbatch.errors import ClusterError, UserCodeError, WorkerKilledError
+from rightbatch.errors import ClusterError, UsageError, UserCodeError, WorkerKilledError
 from rightbatch.sweeps.executors import ExecutorSetting, slurm_queue
 from rightbatch.sweeps.executors.placement import Node, Placement
 from rightbatch.sweeps.executors.remote import run_in_this_process
@@ -217,6 +217,13 @@ def test_a_machine_without_slurm_is_refused(monkeypatch: pytest.MonkeyPatch, tmp
 
     with pytest.raises(ClusterError, match="no SLURM on this machine"):
         open_executor(ExecutorSetting())
+
+
+def test_two_different_partitions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SBATCH_PARTITION", "short")
+
+    with pytest.raises(UsageError, match="--on names long and SBATCH_PARTITION short"):
+        open_executor(ExecutorSetting(address="long"))
 
 
 def _play_commands(monkeypatch: pytest.MonkeyPatch, folder: Path, **scripts: str) -> None:

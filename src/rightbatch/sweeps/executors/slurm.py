@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import cloudpickle
 
-from rightbatch.errors import ClusterError, RightbatchError, WorkerKilledError
+from rightbatch.errors import ClusterError, RightbatchError, UsageError, WorkerKilledError
 from rightbatch.sweeps.executors import ExecutorSetting
 from rightbatch.sweeps.executors.placement import Placement, place
 from rightbatch.sweeps.executors.remote import opened
@@ -67,9 +67,13 @@ def open_executor(setting: ExecutorSetting) -> "SlurmExecutor":
     """Return an executor for a partition: the one named, that of SBATCH_PARTITION, or the default one.
 
     Raises:
+        UsageError: Two different partitions are named.
         ClusterError: SLURM is not here, does not answer, or has no place for trials.
     """
-    partition = read_partition(setting.address or os.environ.get("SBATCH_PARTITION", ""))
+    default = os.environ.get("SBATCH_PARTITION", "")
+    if setting.address and default not in {"", setting.address}:  # sbatch would take the variable
+        raise UsageError(f"a partition is named once; --on names {setting.address} and SBATCH_PARTITION {default}; drop one of them.")
+    partition = read_partition(setting.address or default)
     placement = place(partition.nodes, device=setting.device, jobs=setting.jobs)
     folder = FOLDER / secrets.token_hex(4)  # of its own: another cluster may count its jobs from one, too
     return SlurmExecutor(SlurmQueue(partition, placement, folder), placement, folder=folder)
