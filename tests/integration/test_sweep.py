@@ -255,8 +255,7 @@ def test_trials_whose_processes_are_killed_fail_and_the_sweep_says_so(judged, he
         ((), 2, "sweep needs a target"),
         (("--target", "accuracy<=0.9"), 2, "a target is loss<=VALUE"),
         (("--target", "accuracy>=0.9", "--batches", "8.."), 2, "written like 8..512"),
-        (("--target", "accuracy>=0.9", "--on", "ray"), 6, "use --on local"),
-        (("--target", "accuracy>=0.9", "--on", "moon"), 2, "--on must be one of local"),
+        (("--target", "accuracy>=0.9", "--on", "moon"), 2, "--on must be local"),
         (("--target", "accuracy>=0.9", "--plan", "nowhere"), 2, "there is no run folder nowhere"),
     ],
 )
@@ -266,6 +265,13 @@ def test_requests_that_cannot_be_carried_out_say_why(judged, here, words, code, 
     assert ended.code == code
     assert message in ended.messages[-1]
     assert not (judged / "rightbatch-runs").exists()
+
+
+def test_a_cluster_that_cannot_be_reached_has_an_exit_code_of_its_own(judged, here):
+    ended = here("sweep", "train.py:swept", "--target", "accuracy>=0.9", "--on", "ray:127.0.0.1:1")
+
+    assert ended.code == 6
+    assert "use --on local" in ended.messages[-1]
 
 
 def test_an_interruption_keeps_what_ended_and_says_how_to_go_on(judged):

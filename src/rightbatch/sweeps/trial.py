@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 from rightbatch.engine.in_process import users_errors
 from rightbatch.engine.provenance import environment
@@ -32,7 +33,13 @@ def describe(task: DescribeTask) -> Described:
     with users_errors():
         rig = _rig(task.setting, seed=0)
         check_target(rig.workload, is_loss=task.target.is_loss)
-        return Described(workload=rig.describe(), environment=environment(rig, "child"), code_files=task.code_files())
+        return Described(workload=rig.describe(), environment=environment(rig, "child"), code_files=_from_here(task.code_files()))
+
+
+def _from_here(files: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    """Name files by their way from the working folder, which stands elsewhere on a cluster than where the driver runs."""
+    here = Path.cwd().resolve()
+    return tuple((str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path, digest) for path, digest in files)
 
 
 def _rig(setting: WorkerSetting, *, seed: int) -> Rig:

@@ -1,8 +1,11 @@
+import sys
+
 import pytest
 
 from findings_samples import good
 from planted_sweeps import TARGET, summary
 from rightbatch.errors import ClusterError, UsageError
+from rightbatch.sweeps import executors
 from rightbatch.sweeps.executors import parse_where
 from rightbatch.sweeps.request import SweepRequest, parse_sizes
 from rightbatch.sweeps.settings import digest_of, scaling_rule, settings_of
@@ -92,11 +95,24 @@ def test_numbers_must_be_positive(name):
         request_of(**{name: 0})
 
 
-def test_clusters_that_cannot_be_reached_have_an_exit_code_of_their_own():
-    assert parse_where("local") == ("local", "")
-    for where in ("ray", "ray:127.0.0.1:6379", "slurm"):
-        with pytest.raises(ClusterError, match="use --on local") as caught:
+def test_where_trials_run_is_read_with_what_follows_the_colon(monkeypatch):
+    monkeypatch.setattr(executors, "find_spec", lambda name: object())
+
+    assert [parse_where(where) for where in ("local", "ray", "ray:ray://head:10001", "slurm:gpu")] == [
+        ("local", ""),
+        ("ray", ""),
+        ("ray", "ray://head:10001"),
+        ("slurm", "gpu"),
+    ]
+    for where in ("moon", "local:2", "ray:"):
+        with pytest.raises(UsageError, match="--on must be"):
             parse_where(where)
-        assert caught.value.exit_code == 6
-    with pytest.raises(UsageError, match="--on must be"):
-        parse_where("moon")
+
+
+@pytest.mark.parametrize(("where", "needed"), [("ray:head:6379", "ray"), ("slurm", "submitit")])
+def test_a_cluster_whose_library_is_missing_has_an_exit_code_of_its_own(monkeypatch, where, needed):
+    monkeypatch.setitem(sys.modules, needed, None)
+
+    with pytest.raises(ClusterError, match=rf"needs {needed}.*pip install 'rightbatch\[.*use --on local") as caught:
+        parse_where(where)
+    assert caught.value.exit_code == 6

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Protocol, TypeVar
 
 from rightbatch.errors import ClusterError, UsageError
@@ -13,9 +14,14 @@ P = TypeVar("P")
 R = TypeVar("R")
 
 _WHERE = re.compile(r"([a-z]+)(?::(.+))?")
-HOMES = {"local": "rightbatch.sweeps.executors.local"}
+HOMES = {
+    "local": "rightbatch.sweeps.executors.local",
+    "ray": "rightbatch.sweeps.executors.ray",
+    "slurm": "rightbatch.sweeps.executors.slurm",
+}
 """The module of each executor, with a function ``open_executor(setting)``."""
-_PLANNED = {"ray": "Ray", "slurm": "SLURM"}
+_NEEDS = {"ray": "ray", "slurm": "submitit"}
+"""What must be installed for it; the extra has its name."""
 
 
 class Executor(Protocol):
@@ -59,19 +65,21 @@ class ExecutorSetting:
 
 
 def parse_where(where: str) -> tuple[str, str]:
-    """Read ``local``, ``ray``, ``ray:ADDRESS`` or ``slurm``; return the name and the address.
+    """Read ``local``, ``ray``, ``ray:ADDRESS``, ``slurm`` or ``slurm:PARTITION``; return the name and what follows the colon.
 
     Raises:
         UsageError: It is none of these.
-        ClusterError: It is one that this version cannot reach.
+        ClusterError: What it needs is not installed.
     """
     match = _WHERE.fullmatch(where.strip())
-    name = "" if match is None else match[1]
-    if match is not None and name in HOMES:
-        return name, match[2] or ""
-    if name in _PLANNED:
-        raise ClusterError(f"trials cannot be run on {_PLANNED[name]} by this version; it runs them on this machine: use --on local.")
-    raise UsageError(f"--on must be one of {', '.join(HOMES)}; got {where!r}.")
+    if match is None or match[1] not in HOMES or (match[1] == "local" and match[2]):
+        raise UsageError(f"--on must be local, ray, ray:ADDRESS, slurm or slurm:PARTITION; got {where!r}.")
+    name, needed = match[1], _NEEDS.get(match[1])
+    if needed is not None and find_spec(needed) is None:
+        raise ClusterError(
+            f"--on {name} needs {needed}, which is not installed here; run: pip install 'rightbatch[{name}]'; or use --on local."
+        )
+    return name, match[2] or ""
 
 
 def open_executor(where: str, *, jobs: int | None, device: str) -> Executor:
