@@ -125,6 +125,16 @@ def test_a_workload_that_no_trial_could_bring_to_the_target_is_refused_at_once()
         described(metric=None)
 
 
+def test_files_of_the_users_code_are_named_from_the_working_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    files = ((str(tmp_path / "nets" / "net.py"), "a1"), ("/elsewhere/net.py", "b2"))
+    setting = WorkerSetting(load=workload, device="cpu")
+
+    described = describe(DescribeTask(setting=setting, target=TARGET, code_files=lambda: files))
+
+    assert described.code_files == (("nets/net.py", "a1"), ("/elsewhere/net.py", "b2"))
+
+
 def test_the_history_is_thin_and_ends_with_the_last_evaluation():
     result = run_trial(task_of(lr=0.001, most_samples=20_000))
 
