@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -48,20 +49,29 @@ class StepOutcome:
     Attributes:
         mean_loss: Mean loss over all samples of this rank, shape (), on the device; not a number where nothing counts.
         samples: Samples of the step over all ranks.
-        grad_norm: Norm of the gradient before clipping, shape (), on the device; none where nothing is clipped.
         lr: Learning rate of the first group in this step.
         micro_batch_size: Samples that a micro-batch held at most.
         accumulation_steps: Micro-batches of this rank.
         monitor: The monitor, on a step that it measured.
+        read_norm: Returns ``grad_norm``.
     """
 
     mean_loss: Tensor
     samples: int
-    grad_norm: Tensor | None
     lr: float | Tensor
     micro_batch_size: int
     accumulation_steps: int
+    read_norm: Callable[[], Tensor]
     monitor: NoiseMonitor | None = None
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """Norm of the gradient before clipping, shape (), on the device; where nothing is clipped it is computed when it is read.
+
+        Raises:
+            UsageError: Nothing is clipped, and the next step has begun.
+        """
+        return self.read_norm()
 
     @property
     def loss(self) -> float:
@@ -178,6 +188,7 @@ class Stepper:
             self._monitor = NoiseMonitor(model, optimizer, every=noise_every, scaler=scaler, dataset_size=dataset_size)
         self._backward = PatientBackward(self._trainee, plan.micro_batch_size, self._placing, self._forget)
         self._samples_seen = 0
+        self._steps_begun = 0
 
     @property
     def monitor(self) -> NoiseMonitor | None:
@@ -207,6 +218,7 @@ class Stepper:
             NothingFitsError: Not even one sample fits.
             RankError: Not even one sample fits on another rank.
         """
+        self._steps_begun += 1
         own_samples = sample_count(batch)
         parallel = self._trainee.parallel
         all_samples = own_samples * (1 if parallel is None else parallel.ranks) if samples is None else samples
@@ -227,12 +239,21 @@ class Stepper:
         return StepOutcome(
             mean_loss=result.mean_loss,
             samples=all_samples,
-            grad_norm=norm,
+            read_norm=(lambda: norm) if norm is not None else partial(self._norm_of_step, self._steps_begun),
             lr=lr,
             micro_batch_size=self.micro_batch_size,
             accumulation_steps=-(-own_samples // self.micro_batch_size),
             monitor=measured,
         )
+
+    def _norm_of_step(self, step: int) -> Tensor:
+        """Norm of the gradient that a step, counted here, has left."""
+        if step != self._steps_begun:
+            raise UsageError(
+                "where nothing is clipped, the norm of a step's gradient must be read before the next step, which drops it; "
+                "read outcome.grad_norm at once."
+            )
+        return nn.utils.get_total_norm([p.grad for p in self._trainee.parameters if p.grad is not None])
 
     def _window(self, batch: Batch, own_samples: int, *, is_measured: bool) -> Window:
         """Divide the batch, and settle with the other ranks what its losses are divided by."""

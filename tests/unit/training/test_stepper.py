@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 from collections import namedtuple
 
 import pytest
@@ -95,6 +96,19 @@ OPTIMIZERS = {
 }
 
 
+def test_norm_of_a_gradient_that_is_gone_is_refused_rather_than_another_one_given():
+    model = net()
+    stepper = rb.Stepper(model, torch.optim.SGD(model.parameters(), lr=0.1), plan=plan_of(4), **LOSSES["function"])
+    first = stepper(batch_of(4, seed=0))
+    norm = float(first.grad_norm)
+
+    second = stepper(batch_of(4, seed=1))
+
+    assert float(second.grad_norm) != norm
+    with pytest.raises(UsageError, match="before the next step"):
+        first.grad_norm  # noqa: B018
+
+
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @settings(max_examples=12, deadline=None, derandomize=True)
@@ -123,14 +137,13 @@ def test_steps_of_changing_sizes_are_those_of_the_full_batches(kind, optimizer, 
         loss = full_loss(kind, full, batch)
         loss.backward()
         assert distance(*(torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (accumulated, full))) < TOLERANCE or clip_norm
-        norm = None if clip_norm is None else nn.utils.clip_grad_norm_(full.parameters(), clip_norm)
+        norm = nn.utils.clip_grad_norm_(full.parameters(), math.inf if clip_norm is None else clip_norm)
         optimizers[1].step()
         averages[1].update_parameters(full)
         assert outcome.loss == pytest.approx(float(loss.detach()), rel=TOLERANCE)
         assert outcome.samples == size
         assert outcome.accumulation_steps == -(-size // micro)
-        assert (outcome.grad_norm is None) == (norm is None)
-        assert norm is None or float(outcome.grad_norm) == pytest.approx(float(norm), rel=TOLERANCE)
+        assert float(outcome.grad_norm) == pytest.approx(float(norm), rel=TOLERANCE)
     assert distance(weights_of(accumulated), weights_of(full)) < TOLERANCE
     assert distance(weights_of(averages[0]), weights_of(averages[1])) < TOLERANCE
 
