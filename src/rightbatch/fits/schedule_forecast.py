@@ -63,7 +63,7 @@ def forecast_schedule(
         rng_seed: Equal arguments give equal forecasts.
 
     Returns:
-        ``INDETERMINATE`` when the noise or the step time is unknown, or the loss couples the samples of a batch.
+        ``INDETERMINATE`` when the noise or the step time is unknown or unstable, or the loss couples the samples of a batch.
 
     Source:
         McCandlish et al. 2018, arXiv:1812.06162, appendix D; Smith et al. 2018, arXiv:1711.00489; docs/theory/dynamic_batch.md.
@@ -73,6 +73,8 @@ def forecast_schedule(
     plan = findings.recommendation.plan
     if step_time is None or plan is None:
         return _nothing("Without a step time and a plan nothing can be forecast: run find with all of its parts.")
+    if step_time.status is Status.UNSTABLE:
+        return _nothing("The step times are unstable, so nothing can be forecast: free the machine and measure again, with --fresh.")
     if findings.workload.couples_samples:
         return _nothing("The loss couples the samples of a batch: another size is another objective, which no forecast compares.")
     costs = draw_costs(

@@ -168,3 +168,13 @@ def test_loss_that_couples_samples_gets_no_forecast():
     coupled = given.model_copy(update={"workload": given.workload.model_copy(update={"couples_samples": True})})
 
     assert "another objective" in forecast_schedule(coupled, adaptive(), TOTAL).reasons[0]
+
+
+def test_step_times_that_were_disturbed_give_no_forecast():
+    given = findings(noise_along(steep, POSITIONS))
+    disturbed = given.step_time.model_copy(update={"status": Status.UNSTABLE})
+
+    forecast = forecast_schedule(given.model_copy(update={"step_time": disturbed}), adaptive(), TOTAL)
+
+    assert (forecast.status, forecast.worth_it) == (Status.INDETERMINATE, False)
+    assert "free the machine" in forecast.reasons[0]
