@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rightbatch.cli.options import FindOptions, MeasureOptions, MemoryOptions, OutputOptions
-from rightbatch.cli.output import answer, answer_findings, say, stdout_reserved
+from rightbatch.cli.output import answer, answer_findings, say, shown_path, stdout_reserved
 from rightbatch.cli.progress import show_progress
 from rightbatch.errors import RunFolderError, UsageError
 from rightbatch.units import format_bytes
@@ -204,9 +204,4 @@ def _keep_report(findings: "Findings", path: Path, *, quiet: bool) -> None:
         say(f"rightbatch: the report was not written: {error}")
         return
     if not quiet:
-        say(f"run folder: {_relative(path)}\nreport: {_relative(report)}")
-
-
-def _relative(path: Path) -> Path:
-    here = Path.cwd()
-    return path.relative_to(here) if path.is_absolute() and path.is_relative_to(here) else path
+        say(f"run folder: {shown_path(path)}\nreport: {shown_path(report)}")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from rightbatch.cli.measure import ANSWERED, INCONCLUSIVE, answered_help
 from rightbatch.cli.options import OutputOptions, SweepOptions, SweepRunOptions
-from rightbatch.cli.output import answer, say, stdout_reserved, text_layout
+from rightbatch.cli.output import answer, say, shown_path, stdout_reserved, text_layout
 from rightbatch.cli.sweep_progress import show_sweep
 from rightbatch.errors import RunFolderError, UsageError
 
@@ -104,9 +104,4 @@ def _keep_report(result: "SweepResult", path: Path, *, quiet: bool) -> None:
         say(f"rightbatch: the report was not written: {error}")
         return
     if not quiet:
-        say(f"sweep folder: {_relative(path)}\nreport: {_relative(report)}")
-
-
-def _relative(path: Path) -> Path:
-    here = Path.cwd()
-    return path.relative_to(here) if path.is_absolute() and path.is_relative_to(here) else path
+        say(f"sweep folder: {shown_path(path)}\nreport: {shown_path(report)}")

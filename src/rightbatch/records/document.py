@@ -134,7 +134,7 @@ def write_whole(file: Path, text: str) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(file)
-        _sync_folder(file.parent)
+        sync_folder(file.parent)
     except OSError as error:
         refuse_io("write", file, error)
     finally:
@@ -142,7 +142,12 @@ def write_whole(file: Path, text: str) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Force a folder's list of names to the disk, so that a file renamed in it stays.
+
+    Raises:
+        OSError: The operating system refused.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

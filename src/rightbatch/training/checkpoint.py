@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from rightbatch.errors import RunFolderError, UsageError
-from rightbatch.records.document import refuse_io
+from rightbatch.records.document import refuse_io, sync_folder
 from rightbatch.records.folder import WRITTEN_BY
 
 State = dict[str, object]
@@ -85,7 +85,7 @@ def save_checkpoint(folder: Path, state: Mapping[str, object], *, step: int, fin
             os.fsync(stream.fileno())
         file = folder / f"checkpoint-{step:09d}-{digesting.digest.hexdigest()[:_DIGEST_LENGTH]}.pt"
         temporary.replace(file)
-        _sync_folder(folder)
+        sync_folder(folder)
     except OSError as error:
         refuse_io("write a checkpoint into", folder, error)
     finally:
@@ -192,14 +192,6 @@ def _remove_older(folder: Path, last: Path) -> None:
     with suppress(OSError):  # the checkpoint stands; what could not be removed now is removed after the next one
         for file in (*stale, *folder.glob(_TEMPORARY)):
             file.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class _DigestingStream:
