@@ -30,6 +30,7 @@ def test_more_memory_never_lowers_the_ceiling(trace, limit, extra, scale, offset
 
 @settings(max_examples=60, deadline=None)
 @example(trace=trace_of((106154271, 27338, 64)), limit=645895424, scale=24, offset=41648247, measures=False)  # the second touch is not safe
+@example(trace=trace_of((314448926, 20706, 3)), limit=629145601, scale=8, offset=21245, measures=False)
 @example(trace=trace_of((85330157, 16777196, 0)), limit=629145620, scale=24, offset=62472371, measures=False)
 @given(trace=traces, limit=st.integers(600 * MIB, 3000 * MIB), scale=scales, offset=st.integers(0, 100 * MIB), measures=st.booleans())
 def test_ceiling_of_a_deterministic_device_is_exact(trace, limit, scale, offset, measures):

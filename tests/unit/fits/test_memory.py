@@ -3,7 +3,7 @@ import pytest
 
 from oracles.oracle_memory import attempt, ceiling_by_counting, ceiling_of, peak_of, recorded, search, trace_of
 from rightbatch.fits.memory import calibrate, fit_memory, peak_moment, traced_peak_bytes
-from rightbatch.fits.memory_search import MAX_ATTEMPTS, next_attempt, touch_sizes
+from rightbatch.fits.memory_search import MAX_ATTEMPTS, next_attempt, safe_touch, touch_sizes
 from rightbatch.records.estimates import Status
 from rightbatch.records.measurements import LiveMoment, MemoryLimit, MemoryMeasurements, Outcome, RoundedBytes
 from rightbatch.units import GIB, MIB
@@ -101,6 +101,21 @@ def test_touches_respect_a_small_limit_and_the_cap():
     assert touch_sizes(TRACE, 301 * MIB, 10**6) == ()
 
 
+def test_touch_that_might_not_fit_is_made_as_small_as_it_must_be():
+    ran = attempt(TRACE, lambda b: 2 * peak_of(TRACE, b), 2 * GIB, 2)
+    limit = 2 * GIB
+
+    size = safe_touch(TRACE, limit, [ran], 4000)
+
+    def steepest(b):
+        return ran.used_bytes + 4 * (peak_of(TRACE, b) - peak_of(TRACE, 2))
+
+    assert 2 < size < 4000
+    assert steepest(size) <= limit < steepest(size + 1)
+    assert safe_touch(TRACE, limit, [ran], size - 1) == size - 1
+    assert safe_touch(TRACE, ran.used_bytes, [ran], 4000) == 0
+
+
 def test_touch_leaves_a_heap_and_a_quarter_where_the_kernel_refuses():
     recording = TRACE.model_copy(update={"batch_sizes": (1, 2), "used_bytes": (peak_of(TRACE, 1), peak_of(TRACE, 2))})
     limit = 4 * GIB
@@ -109,8 +124,16 @@ def test_touch_leaves_a_heap_and_a_quarter_where_the_kernel_refuses():
 
     steepest = peak_of(TRACE, 2) + 4 * (peak_of(TRACE, size) - peak_of(TRACE, 2))
     assert 0.99 * limit / 1.25 < steepest <= limit / 1.25
-    (small,) = touch_sizes(recording, 420 * MIB, 10**6, is_refused=True)
-    assert peak_of(TRACE, 2) + 4 * (peak_of(TRACE, small) - peak_of(TRACE, 2)) <= (420 - 64) * MIB
+
+
+def test_touch_leaves_a_heap_where_that_is_more_than_a_quarter():
+    trace = trace_of((20 * MIB, MIB // 8, 0))
+    recording = trace.model_copy(update={"batch_sizes": (1, 2), "used_bytes": (peak_of(trace, 1), peak_of(trace, 2))})
+
+    (size,) = touch_sizes(recording, 150 * MIB, 10**6, is_refused=True)
+
+    steepest = peak_of(trace, 2) + 4 * (peak_of(trace, size) - peak_of(trace, 2))
+    assert 85 * MIB < steepest <= (150 - 64) * MIB
 
 
 @pytest.mark.parametrize(("is_refused", "low", "high"), [(True, 0, 2), (False, 20, 100)])
