@@ -44,6 +44,8 @@ SEEDS = 3
 BUDGET_SHARE = 0.08
 """Budget of `find` over the cost of the sweep: starting its process has to fit below a tenth too."""
 LEAST_BUDGET_S = 5.0
+ASKS = 5
+"""How often `find` is asked, each time with another seed: one answer is a matter of chance."""
 TIMING_S = 10.0
 """Processor seconds of the rounds that count."""
 
@@ -84,16 +86,20 @@ class Question:
     ) -> tuple[list[Policy], Findings | None, tuple[str, ...]]:
         """Return what every policy would train with, what `find` found, and which policies are missing and why."""
         lr = self.trainer.base_lr
-        ask = partial(policies.find, budget_s=budget_s, slowdown=slowdown, verify=False)
-        answers = [ask(self.workload, lr), policies.find(self.workload, lr, budget_s=budget_s, slowdown=slowdown, verify=True)]
+        ask = partial(policies.find, budget_s=budget_s, slowdown=slowdown)
+        answers = {
+            f"{scoring.VERIFY if verify else scoring.FIND}, seed {seed}": ask(self.workload, lr, verify=verify, seed=seed)
+            for verify in (False, True)
+            for seed in range(ASKS)
+        }
+        first = next(iter(answers.values()))
         if elsewhere:
-            answers += policies.find_elsewhere(ask, self.workload, lr, tuned)
-        findings = answers[0][1]
-        listed = [policy for policy, _, _ in answers if policy is not None]
+            ends = policies.find_elsewhere(partial(ask, verify=False), self.workload, lr, tuned)
+            answers |= {f"find, rate from the {end} size": answer for end, answer in zip(("smallest", "largest"), ends, strict=True)}
+        findings = first[1]
+        listed = [policy for policy, _, _ in answers.values() if policy is not None]
         listed += policies.others(findings, lr, self.train_size, max(self.sizes))
-        names = (scoring.FIND, scoring.VERIFY, "find, rate from the smallest size", "find, rate from the largest size")
-        missing = tuple(f"{name}: {why}" for name, (_, _, why) in zip(names, answers, strict=False) if why)
-        return listed, findings, missing
+        return listed, findings, tuple(f"{name}: {why}" for name, (_, _, why) in answers.items() if why)
 
     def answer(self, *, with_noise: bool, elsewhere: bool) -> Row:
         """Ask every policy, train what they say, and compare with the sweep."""

@@ -1,6 +1,5 @@
 """What people would train with: the plans of `find`, common sizes at the base rate, the largest that fits, the noise at initialisation."""
 
-import inspect
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,13 +37,10 @@ def find(workload: rb.Workload, base_lr: float, *, budget_s: float, slowdown: fl
         verify: Whether to check by training.
         seed: Of everything random.
     """
-    asked = {"verify": True} if verify else {}
-    if verify and "verify" not in inspect.signature(rb.find).parameters:
-        return None, None, "not available: rightbatch.find of this version has no verify="
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", rb.RightbatchWarning)
-            plan = rb.find(workload, budget=f"{budget_s * slowdown:.1f}s", device="cpu", threads=1, seed=seed, **asked)
+            plan = rb.find(workload, budget=f"{budget_s * slowdown:.1f}s", device="cpu", threads=1, seed=seed, verify=verify)
     except RightbatchError as error:
         return None, None, f"{type(error).__name__}: {error}"
     policy = Policy(
@@ -53,7 +49,7 @@ def find(workload: rb.Workload, base_lr: float, *, budget_s: float, slowdown: fl
         lr=rounded(plan.lr or base_lr),
         timed_size=plan.micro_batch_size,
         cost_s=plan.findings.duration_s / slowdown,
-        note="; ".join(str(warning.message).partition(";")[0] for warning in caught),
+        note="; ".join((f"seed {seed}", *(str(warning.message).partition(";")[0] for warning in caught))),
     )
     return policy, plan.findings, ""
 

@@ -14,7 +14,8 @@ TARGET_SHARE = 0.85
 STALLED = 0.25
 """A branch that falls this many times slower than the first did at the same loss has stalled."""
 _FEWEST_POINTS = 4
-_LEAST_FALL = 4.0
+_LEAST_FALL = 2.5
+"""Of the first branch, over its scatter: with less, samples read off it have an error of a factor of two and more."""
 _UNKNOWN_ERROR = 1.0
 
 Curve = Sequence[tuple[int, float]]

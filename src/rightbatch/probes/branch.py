@@ -1,6 +1,7 @@
 """Training probes from one checkpoint: the same samples in the same order, at one batch size and its own learning rate each."""
 
-import copy
+import contextlib
+import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from itertools import islice
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor, nn
 
 from rightbatch.engine.losses import loss_sum
 from rightbatch.engine.rig import Rig, seed_everything, shuffled_epochs
@@ -20,6 +22,8 @@ EVALUATIONS = 12
 NO_TARGET = "The loss fell no further along the first branch than it scatters, so no other size was trained: give a larger --budget."
 CUT_SHORT = "The time ended while another size was trained, which is left out: a larger --budget checks more sizes."
 _MOST_EVALUATED = 512
+_AVERAGED = 8
+"""Weights along an interval whose mean is evaluated: the last alone says more of how far the rate scatters it than of where it is going."""
 _STAGE_SHARE = 0.25
 """Most of the budget that the checkpoint takes, and the first branch."""
 _CHECKPOINT_SEED, _BRANCH_SEED, _HELD_OUT_SEED = 11, 12, 13
@@ -106,6 +110,9 @@ def _train_branch(
 ) -> list[tuple[int, float]] | None:
     """Train on the samples that all branches see; return (samples, loss on the held-out samples) after every interval.
 
+    The loss is that of the mean weights along the interval: sizes and rates differ in how far they scatter about it, and a change of size
+    at the checkpoint would show as a gain or a loss of its own. (Polyak and Juditsky 1992; Izmailov et al. 2018, arXiv:1803.05407.)
+
     Returns:
         None when the clock cut it short: it would say too little about its size.
     """
@@ -113,8 +120,14 @@ def _train_branch(
     losses: list[tuple[int, float]] = []
     samples = 0
     while samples < branch.most_samples:
-        samples += _train(rig, trainee, branch, order, min(interval, branch.most_samples - samples))
-        losses.append((samples, held_out.loss(trainee)))
+        mean = _MeanWeights(trainee.model)
+        due = min(interval, branch.most_samples - samples)
+        for part in range(1, _AVERAGED + 1):
+            if (missing := due * part // _AVERAGED - mean.samples) > 0:
+                mean.take(_train(rig, trainee, branch, order, missing))
+        samples += mean.samples
+        with mean.in_place():
+            losses.append((samples, held_out.loss(trainee)))
         if is_over(losses):
             break
         if is_late():
@@ -152,17 +165,20 @@ class _Stateful(Protocol):
 
 @dataclass(frozen=True)
 class _State:
-    """A checkpoint in memory: model, optimizer, scaler and average; and the seed that every branch starts from."""
+    """A checkpoint in the host's memory: model, optimizer, scaler and average; and the seed that every branch starts from."""
 
-    parts: dict[str, dict[str, Any]]
+    saved: bytes
 
     @classmethod
     def of(cls, trainee: Trainee) -> "_State":
-        return cls({name: copy.deepcopy(part.state_dict()) for name, part in _stateful(trainee).items()})
+        buffer = io.BytesIO()
+        torch.save({name: part.state_dict() for name, part in _stateful(trainee).items()}, buffer)
+        return cls(buffer.getvalue())
 
     def restore(self, trainee: Trainee, *, lr_factor: float) -> None:
+        parts: dict[str, dict[str, Any]] = torch.load(io.BytesIO(self.saved), map_location="cpu", weights_only=False)
         for name, part in _stateful(trainee).items():
-            part.load_state_dict(copy.deepcopy(self.parts[name]))
+            part.load_state_dict(parts[name])
         trainee.model.train()
         _scale_lr(trainee, lr_factor)
         seed_everything(_BRANCH_SEED)
@@ -176,6 +192,39 @@ def _stateful(trainee: Trainee) -> dict[str, _Stateful]:
         "average": trainee.average,
     }
     return {name: part for name, part in parts.items() if part is not None}
+
+
+class _MeanWeights:
+    """The mean of a model's weights and floating-point buffers along its way, in the memory of the host."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
+        self._sums = [torch.zeros_like(tensor, dtype=torch.float64, device="cpu") for tensor in self._tensors]
+        self._count = 0
+        self.samples = 0
+
+    @torch.no_grad()
+    def take(self, samples: int) -> None:
+        """Take the weights in, after so many samples more."""
+        for total, tensor in zip(self._sums, self._tensors, strict=True):
+            total.add_(tensor.cpu())
+        self._count += 1
+        self.samples += samples
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Let the model have the mean weights; then its own again."""
+        own = [tensor.to("cpu", copy=True) for tensor in self._tensors]
+        self._set([total / self._count for total in self._sums])
+        try:
+            yield
+        finally:
+            self._set(own)
+
+    @torch.no_grad()
+    def _set(self, values: Sequence[Tensor]) -> None:
+        for tensor, value in zip(self._tensors, values, strict=True):
+            tensor.copy_(value)
 
 
 class _HeldOut:

@@ -2,10 +2,13 @@
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import pytest
+import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, mse_loss
+from torch.utils.data import Dataset
 
 from cases import rig_of, sgd, vectors
 from rightbatch.probes import branch
@@ -68,6 +71,29 @@ def test_accumulated_micro_batches_train_as_the_large_batch_does():
     whole, split = (probe.losses for probe in measured.probes)
     assert [loss for _, loss in split] == pytest.approx([loss for _, loss in whole], rel=1e-12)
     assert measured.probes[1].result.global_batch_size == 16
+
+
+def test_what_is_evaluated_is_the_mean_of_the_weights_along_an_interval_and_training_goes_on_from_the_last():
+    class Ones(Dataset):
+        def __len__(self):
+            return 64
+
+        def __getitem__(self, index):
+            return torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+
+    on = rig(
+        model=lambda: nn.Linear(1, 1, bias=False),
+        train=Ones(),
+        loss=mse_loss,  # its gradient is 2 w, so that this rate makes every step w -> -0.9 w
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.95),
+    )
+
+    measured = measure(plan(micro=16, samples=12 * 128), on=on, checkpoint=plan(micro=16, samples=16))
+
+    losses = [loss for _, loss in measured.probes[0].losses]
+    start = on.new_trainee().model.weight.item() * -0.9
+    assert losses[0] == pytest.approx((start * sum((-0.9) ** step for step in range(1, 9)) / 8) ** 2, rel=1e-12)
+    assert [after / before for before, after in pairwise(losses)] == pytest.approx([0.9**16] * 11, rel=1e-9)
 
 
 def test_learning_rate_of_a_branch_is_the_workloads_own_times_its_factor():
