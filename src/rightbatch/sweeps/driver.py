@@ -189,7 +189,10 @@ class _Driver:
     def _setting(self, executor: Executor) -> WorkerSetting:
         request = self.request
         return WorkerSetting(
-            load=self.source.load, device=request.device, precision=request.precision, threads=request.threads or executor.threads
+            load=self.source.load,
+            device=executor.device or request.device,
+            precision=request.precision,
+            threads=request.threads or executor.threads,
         )
 
     def _rule(self, manifest: SweepManifest) -> Rule:
