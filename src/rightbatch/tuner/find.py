@@ -24,7 +24,8 @@ from rightbatch.records.measurements import (
 from rightbatch.records.plan import Findings
 from rightbatch.records.run import RunFolder, RunManifest
 from rightbatch.tuner.kept import ORDER, RUNS_FOLDER, SWEPT, WORKLOAD, Kept, answer_at_once, digest, now, read_kept, take_in_sweep
-from rightbatch.tuner.request import STANDARD_PARTS, Part, Progress, Request, SilentProgress, Source, parts_of
+from rightbatch.tuner.request import STANDARD_PARTS, Part, Progress, Request, SilentProgress, parts_of
+from rightbatch.workload.source import Source
 
 if TYPE_CHECKING:
     from rightbatch.engine.rig import Rig

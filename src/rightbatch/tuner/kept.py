@@ -22,7 +22,8 @@ from rightbatch.records.record import Record
 from rightbatch.records.run import PART_KINDS, RunFolder, RunManifest, StoredPart
 from rightbatch.records.sweep_folder import SweepFolder
 from rightbatch.records.training import SweepEvidence
-from rightbatch.tuner.request import Part, Request, Source, parts_of
+from rightbatch.tuner.request import Part, Request, parts_of
+from rightbatch.workload.source import Source
 
 WORKLOAD, SWEPT = "workload", "swept"
 RUNS_FOLDER = Path("rightbatch-runs")
