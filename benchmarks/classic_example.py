@@ -30,7 +30,7 @@ from torch import Tensor
 
 import rightbatch as rb
 from goals import exit_code, goal, print_goals
-from monitor_overhead import CIFAR10
+from overhead import CIFAR10
 from rightbatch.api import Training
 from rightbatch.engine.meters import meters_for
 from rightbatch.engine.rig import Rig

@@ -9,18 +9,11 @@ runs along: its ratio to the first is what the machine does. Where torchdata is 
 sampler and fetch. Goals are for training steps. Exit code 1: a goal does not hold.
 """
 
-import argparse
 import itertools
-import json
-import os
-import platform
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,19 +21,15 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 import rightbatch as rb
-from goals import Goal, exit_code, goal, print_goals
-from monitor_overhead import cifar10
-from rightbatch.engine.meters import meters_for
+from goals import Goal, goal
+from overhead import FAILURES, Row, Say, conclude, first_line, parser_of, ratios_in_words, ratios_to, rig_of, sayer, workloads_asked
 from rightbatch.engine.rig import Rig
-from rightbatch.errors import RightbatchError
 from rightbatch.training.batch_sampler import ScheduledSampler
 from rightbatch.training.seeded_fetch import SeededFetch
 from rightbatch.workload.ingredients import Batch
-from workload_files import workloads_of
 
 SIZES, WORKERS, MOST = (32, 256), (0, 2), 1.02
 SAMPLES_OF_BLOCK = {"training steps": 256, "bare": 4096}
-CPU = torch.device("cpu")
 Use = Callable[[Batch], object]
 
 
@@ -114,7 +103,7 @@ def seconds_of_block(stream: Iterator[Batch], count: int, use: Use) -> float:
     return time.perf_counter() - start_s
 
 
-def measure(workload: rb.Workload, size: int, workers: int, *, use: Use, samples_of_block: int, rounds: int) -> dict[str, object]:
+def measure(workload: rb.Workload, size: int, workers: int, *, use: Use, samples_of_block: int, rounds: int) -> Row:
     """Compare the loaders over interleaved blocks of batches.
 
     Args:
@@ -137,43 +126,34 @@ def measure(workload: rb.Workload, size: int, workers: int, *, use: Use, samples
     for _ in range(rounds):
         for name in rng.permutation(list(streams)):
             times_s[name].append(seconds_of_block(streams[name], count, use))
-    base = np.array(times_s["DataLoader"])
-    ratios = {name: np.array(times) / base for name, times in times_s.items() if name != "DataLoader"}
-    again = rng.integers(0, rounds, (1000, rounds))
     return {
         "batch_size": size,
         "num_workers": workers,
         "rounds": rounds,
-        "batch_s": float(np.median(base)) / count,
-        "ratios": {name: float(np.median(values)) for name, values in ratios.items()},
-        "intervals_95": {name: np.percentile(np.median(values[again], axis=1), [2.5, 97.5]).tolist() for name, values in ratios.items()},
+        "batch_s": float(np.median(times_s["DataLoader"])) / count,
+        **ratios_to("DataLoader", times_s, rng),
     }
 
 
-def rows_of(name: str, workload: rb.Workload, rounds: int, say: Callable[[str], None]) -> list[dict[str, object]]:
+def rows_of(name: str, workload: rb.Workload, rounds: int, say: Say) -> list[Row]:
     """One row for each batch size, number of workers and use; none, and said so, for a workload with a step of its own."""
-    if workload.step is not None or workload.loss is None:
-        say(f"{name}: left out, it has a step of its own")
+    rig = rig_of(name, workload, say)
+    if rig is None:
         return []
-    rig = Rig(workload=workload, device=CPU, meters=meters_for(CPU))
     rows = []
     for what, size, workers in itertools.product(SAMPLES_OF_BLOCK, SIZES, WORKERS):
         use = training_step(rig) if what == "training steps" else nothing
         try:
             row = measure(workload, size, workers, use=use, samples_of_block=SAMPLES_OF_BLOCK[what], rounds=rounds)
-        except (RightbatchError, TypeError, ValueError, RuntimeError) as error:
-            say(f"{name}, {what}: left out, {str(error).splitlines()[0]}")
+        except FAILURES as error:
+            say(f"{name}, {what}: left out, {first_line(error)}")
             continue
         rows.append({"workload": name, "use": what, **row})
-        ratios = ", ".join(
-            f"{key} {value:.4f} [{row['intervals_95'][key][0]:.3f}, {row['intervals_95'][key][1]:.3f}]"
-            for key, value in row["ratios"].items()
-        )
-        say(f"{name}, {what}, batch {size}, {workers} workers: {1e3 * row['batch_s']:.2f} ms a batch; {ratios}")
+        say(f"{name}, {what}, batch {size}, {workers} workers: {1e3 * row['batch_s']:.2f} ms a batch; {ratios_in_words(row)}")
     return rows
 
 
-def goals_of(rows: list[dict[str, object]]) -> list[Goal]:
+def goals_of(rows: list[Row]) -> list[Goal]:
     goals = []
     for row in rows:
         if row["use"] == "training steps":
@@ -184,37 +164,13 @@ def goals_of(rows: list[dict[str, object]]) -> list[Goal]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workloads", type=Path, help="file of functions that return a Workload")
-    parser.add_argument("--data", help="CIFAR-10, in one of the forms that examples/cifar10.py reads")
+    parser = parser_of(__doc__)
     parser.add_argument("--rounds", type=int, default=60, help="blocks of each loader")
-    parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    start_s = time.perf_counter()
-
-    def say(line: str) -> None:
-        print(line, file=sys.stderr if options.json else sys.stdout, flush=True)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the example says that random images mean nothing but for time
-        own = {"cifar10 CNN": cifar10(options.data or "random")} if options.workloads is None else workloads_of(options.workloads)[0]
-    rows = [row for name, workload in own.items() for row in rows_of(name, workload, options.rounds, say)]
-    goals = goals_of(rows)
-    environment = {
-        "device": platform.processor() or platform.machine(),
-        "threads": 1,
-        "cpu_count": os.cpu_count(),
-        "load_average_1m": round(os.getloadavg()[0], 2),
-        "versions": {"torch": torch.__version__, "python": platform.python_version(), "rightbatch": rb.__version__},
-        "date": datetime.now(UTC).date().isoformat(),
-        "seconds": round(time.perf_counter() - start_s, 1),
-    }
-    if options.json:
-        print(json.dumps({"goals": goals, "rows": rows, "environment": environment}, indent=2))
-    else:
-        print_goals(goals, environment)
-    return exit_code(goals)
+    start_s, say = time.perf_counter(), sayer(as_json=options.json)
+    rows = [row for name, workload in workloads_asked(options).items() for row in rows_of(name, workload, options.rounds, say)]
+    return conclude(goals_of(rows), {"rows": rows}, start_s=start_s, as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -11,16 +11,13 @@ twice: its ratio to itself is what the machine does. Exit code 1: a goal does no
 
 import argparse
 import contextlib
-import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
-from importlib.util import module_from_spec, spec_from_file_location
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,28 +27,38 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import rightbatch as rb
-from goals import Goal, exit_code, print_goals
-from memory_exact import workloads_of
+from goals import Goal, goal
 from noise_recipes import Floats
-from rightbatch.engine.meters import meters_for
+from overhead import (
+    FAILURES,
+    RESAMPLINGS,
+    Row,
+    Say,
+    cifar10,
+    conclude,
+    first_line,
+    interval_95,
+    parser_of,
+    ratios_in_words,
+    rig_of,
+    sayer,
+    workloads_asked,
+)
 from rightbatch.engine.rig import Rig
 from rightbatch.engine.step import Trainee
-from rightbatch.errors import RightbatchError
 from rightbatch.fits.noise_stream import fit_noise_stream
 from rightbatch.records.measurements import NoiseStream
 
-CIFAR10 = Path(__file__).parents[1] / "examples/cifar10.py"
 BATCH, ACCUMULATIONS, DUTY = 128, (1, 4), 10
 VARIANTS = {"duty-cycled": DUTY, "every step": 1, "bare again": None}
 MOST = {"duty-cycled": 1.02, "every step": 1.05}
 STEPS_OF_RANKS, MICRO_OF_RANKS = 12, 16
-CPU = torch.device("cpu")
 Steps = NDArray[np.int64]
 Parts = Iterator[tuple[float, list[Tensor]]]
 
 
 class RandomImages:
-    """Images and labels of the shape of CIFAR-10."""
+    """Normal random images and labels, of the shape of CIFAR-10: in few steps on them a noise scale can be told."""
 
     def __init__(self, count: int = 2048) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -63,23 +70,6 @@ class RandomImages:
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.images[index], self.labels[index]
-
-
-def cifar10(data: str | None) -> rb.Workload:
-    """The workload of examples/cifar10.py, or the same network on random images."""
-    spec = spec_from_file_location("cifar10_example", CIFAR10)
-    if spec is None or spec.loader is None:
-        sys.exit(f"{CIFAR10} must be there; run the benchmark from a clone.")
-    example = module_from_spec(spec)
-    spec.loader.exec_module(example)
-    if data is not None:
-        return example.workload(data=data)
-    return rb.Workload(
-        model=lambda: example.Net(32),
-        train=RandomImages(),
-        loss=torch.nn.functional.cross_entropy,
-        optimizer=lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9),
-    )
 
 
 class Loop:
@@ -115,7 +105,7 @@ def seconds_of(loop: Loop, batch: list[Tensor]) -> float:
     return time.perf_counter() - start_s
 
 
-def measure(name: str, rig: Rig, accumulation: int, steps: int) -> dict[str, object]:
+def measure(name: str, rig: Rig, accumulation: int, steps: int) -> Row:
     """Median ratios to the bare loop, over steps of all variants in turn."""
     batch = list(rig.typical_batch(BATCH))
     loops = {"bare": Loop(rig, accumulation, None)} | {key: Loop(rig, accumulation, every) for key, every in VARIANTS.items()}
@@ -130,7 +120,7 @@ def measure(name: str, rig: Rig, accumulation: int, steps: int) -> dict[str, obj
     bare = np.array(times_s["bare"])
     ratios = {key: np.array(times_s[key]) / bare for key in VARIANTS}
     everything = np.arange(steps)
-    again = [np.concatenate([rng.choice(kind, len(kind)) for kind in _kinds(everything)]) for _ in range(1000)]
+    again = [np.concatenate([rng.choice(kind, len(kind)) for kind in _kinds(everything)]) for _ in range(RESAMPLINGS)]
     resampled = {key: [_cost(key, values, chosen) for chosen in again] for key, values in ratios.items()}
     return {
         "workload": name,
@@ -138,7 +128,7 @@ def measure(name: str, rig: Rig, accumulation: int, steps: int) -> dict[str, obj
         "bare_step_s": float(np.median(bare)),
         "steps": steps,
         "ratios": {key: _cost(key, values, everything) for key, values in ratios.items()},
-        "intervals_95": {key: np.percentile(values, [2.5, 97.5]).tolist() for key, values in resampled.items()},
+        "intervals_95": {key: interval_95(values) for key, values in resampled.items()},
     }
 
 
@@ -159,7 +149,7 @@ def train_watched(folder: Path) -> None:
     """Train this rank's share of fixed micro-batches in float64 and write what the monitor measured."""
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     torch.manual_seed(0)
-    workload = cifar10(None)
+    workload = replace(cifar10(None), train=RandomImages())
     model = workload.model().double()
     if ranks > 1:
         torch.distributed.init_process_group("gloo")
@@ -194,76 +184,48 @@ def ranks_against_one(folder: Path) -> dict[str, float]:
     return {"sums": off, "noise scale": max(abs(value / values[0] - 1) for value in values[1:])}
 
 
-def goals_of(rows: list[dict[str, object]], off: dict[str, float]) -> list[Goal]:
+def goals_of(rows: list[Row], off: dict[str, float]) -> list[Goal]:
     goals: list[Goal] = []
     for row in rows:
         for key, most in MOST.items():
             value = round(row["ratios"][key], 4)
             name = f"{row['workload']}, accumulation {row['accumulation']}: {key}"
-            goals.append({"name": name, "value": value, "unit": "of the bare loop", "goal": f"<= {most}", "holds": value <= most})
+            goals.append(goal(name, value, "of the bare loop", f"<= {most}", holds=value <= most))
     worst = max(off.values())
-    goals.append({"name": "two gloo ranks against one process", "value": worst, "unit": "", "goal": "<= 1e-9", "holds": worst <= 1e-9})
-    return goals
+    return [*goals, goal("two gloo ranks against one process", worst, "", "<= 1e-9", holds=worst <= 1e-9)]
 
 
-def workloads(path: Path | None, data: str | None) -> dict[str, rb.Workload]:
-    return {"cifar10 CNN": cifar10(data)} if path is None else workloads_of(path)[0]
-
-
-def try_measure(name: str, workload: rb.Workload, accumulation: int, steps: int, say: Callable[[str], None]) -> dict[str, object] | None:
-    """One row; none, and said so, for a workload whose loop cannot be written in two lines."""
-    if workload.step is not None or workload.loss is None:
-        say(f"{name}: left out, it has a step of its own")
-        return None
-    try:
-        row = measure(name, Rig(workload=workload, device=CPU, meters=meters_for(CPU)), accumulation, steps)
-    except (RightbatchError, TypeError, ValueError, RuntimeError) as error:
-        say(f"{name}: left out, {str(error).splitlines()[0]}")
-        return None
-    ratios = ", ".join(
-        f"{key} {value:.4f} [{row['intervals_95'][key][0]:.3f}, {row['intervals_95'][key][1]:.3f}]" for key, value in row["ratios"].items()
-    )
-    say(f"{name}, accumulation {accumulation}: {1e3 * row['bare_step_s']:.1f} ms a bare step; {ratios}")
-    return row
+def rows_of(name: str, workload: rb.Workload, steps: int, say: Say) -> list[Row]:
+    """One row for each accumulation; none, and said so, for a workload whose loop cannot be written in two lines."""
+    rig = rig_of(name, workload, say)
+    if rig is None:
+        return []
+    rows = []
+    for accumulation in ACCUMULATIONS:
+        try:
+            row = measure(name, rig, accumulation, steps)
+        except FAILURES as error:
+            say(f"{name}: left out, {first_line(error)}")
+            continue
+        rows.append(row)
+        say(f"{name}, accumulation {accumulation}: {1e3 * row['bare_step_s']:.1f} ms a bare step; {ratios_in_words(row)}")
+    return rows
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workloads", type=Path, help="file of functions that return a Workload")
-    parser.add_argument("--data", help="CIFAR-10, in one of the forms that examples/cifar10.py reads")
+    parser = parser_of(__doc__)
     parser.add_argument("--steps", type=int, default=60, help="steps of each variant")
-    parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
     parser.add_argument("--train-into", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.train_into is not None:
         train_watched(options.train_into)
         return 0
-    start_s = time.perf_counter()
-
-    def say(line: str) -> None:
-        print(line, file=sys.stderr if options.json else sys.stdout, flush=True)
-
-    found = workloads(options.workloads, options.data)
-    rows = [try_measure(name, workload, count, options.steps, say) for name, workload in found.items() for count in ACCUMULATIONS]
-    kept = [row for row in rows if row is not None]
+    start_s, say = time.perf_counter(), sayer(as_json=options.json)
+    rows = [row for name, workload in workloads_asked(options).items() for row in rows_of(name, workload, options.steps, say)]
     with tempfile.TemporaryDirectory() as folder:
         off = ranks_against_one(Path(folder))
-    goals = goals_of(kept, off)
-    environment = {
-        "device": platform.processor() or platform.machine(),
-        "threads": 1,
-        "cpu_count": os.cpu_count(),
-        "load_average_1m": round(os.getloadavg()[0], 2),
-        "versions": {"torch": torch.__version__, "python": platform.python_version(), "rightbatch": rb.__version__},
-        "date": datetime.now(UTC).date().isoformat(),
-        "seconds": round(time.perf_counter() - start_s, 1),
-    }
-    if options.json:
-        print(json.dumps({"goals": goals, "rows": kept, "ranks_off": off, "environment": environment}, indent=2))
-    else:
-        print_goals(goals, environment)
-    return exit_code(goals)
+    return conclude(goals_of(rows, off), {"rows": rows, "ranks_off": off}, start_s=start_s, as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -10,16 +10,9 @@ it, and the median counts. The hand-written loop runs twice: its ratio to itself
 loader_overhead.py, which runs alone too. Exit code 1: a goal does not hold.
 """
 
-import argparse
-import json
-import os
-import platform
 import sys
 import time
-import warnings
 from collections.abc import Callable
-from datetime import UTC, datetime
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,19 +20,15 @@ from torch import Tensor
 
 import loader_overhead
 import rightbatch as rb
-from goals import Goal, exit_code, goal, print_goals
-from monitor_overhead import cifar10
-from rightbatch.engine.meters import meters_for
+from goals import Goal, goal
+from overhead import CPU, FAILURES, Row, Say, conclude, first_line, parser_of, ratios_in_words, ratios_to, rig_of, sayer, workloads_asked
 from rightbatch.engine.rig import Rig
-from rightbatch.errors import RightbatchError
 from rightbatch.workload.ingredients import Batch
-from workload_files import workloads_of
 
 CASES = ((32, 1), (32, 4), (256, 1), (256, 4))
 """Batch size in samples, and micro-batches it is taken in."""
 MOST = 1.02
 WARM_UP_STEPS, SECONDS_OF_CASE = 5, 40.0
-CPU = torch.device("cpu")
 Step = Callable[[Batch], object]
 
 
@@ -78,7 +67,7 @@ def seconds_of(step: Step, batch: Batch) -> float:
     return time.perf_counter() - start_s
 
 
-def measure(rig: Rig, size: int, accumulation: int, steps: int) -> dict[str, object]:
+def measure(rig: Rig, size: int, accumulation: int, steps: int) -> Row:
     """Median ratios to the hand-written loop, over steps of all loops in turn, for at most 40 s.
 
     Args:
@@ -99,45 +88,37 @@ def measure(rig: Rig, size: int, accumulation: int, steps: int) -> dict[str, obj
         for name in rng.permutation(list(loops)):
             times_s[name].append(seconds_of(loops[name], batch))
     base = np.array(times_s["by hand"])
-    ratios = {name: np.array(times) / base for name, times in times_s.items() if name != "by hand"}
-    again = rng.integers(0, len(base), (1000, len(base)))
     return {
         "batch_size": size,
         "accumulation": accumulation,
         "steps": len(base),
         "step_s": float(np.median(base)),
         "added_s": float(np.median(np.array(times_s["Stepper"]) - base)),
-        "ratios": {name: float(np.median(values)) for name, values in ratios.items()},
-        "intervals_95": {name: np.percentile(np.median(values[again], axis=1), [2.5, 97.5]).tolist() for name, values in ratios.items()},
+        **ratios_to("by hand", times_s, rng),
     }
 
 
-def rows_of(name: str, workload: rb.Workload, steps: int, say: Callable[[str], None]) -> list[dict[str, object]]:
+def rows_of(name: str, workload: rb.Workload, steps: int, say: Say) -> list[Row]:
     """One row for each case; none, and said so, for a workload whose loop cannot be written so."""
-    if workload.step is not None or workload.loss is None:
-        say(f"{name}: left out, it has a step of its own")
+    rig = rig_of(name, workload, say)
+    if rig is None:
         return []
-    rig = Rig(workload=workload, device=CPU, meters=meters_for(CPU))
     rows = []
     for size, accumulation in CASES:
         try:
             row = measure(rig, size, accumulation, steps)
-        except (RightbatchError, TypeError, ValueError, RuntimeError) as error:
-            say(f"{name}, batch {size}: left out, {str(error).splitlines()[0]}")
+        except FAILURES as error:
+            say(f"{name}, batch {size}: left out, {first_line(error)}")
             continue
         rows.append({"workload": name, **row})
-        ratios = ", ".join(
-            f"{key} {value:.4f} [{row['intervals_95'][key][0]:.3f}, {row['intervals_95'][key][1]:.3f}]"
-            for key, value in row["ratios"].items()
-        )
         say(
-            f"{name}, batch {size} in {accumulation}: {1e3 * row['step_s']:.1f} ms by hand, {row['steps']} steps; {ratios}; "
+            f"{name}, batch {size} in {accumulation}: {1e3 * row['step_s']:.1f} ms by hand, {row['steps']} steps; {ratios_in_words(row)}; "
             f"{1e6 * row['added_s']:.0f} us a step"
         )
     return rows
 
 
-def goals_of(rows: list[dict[str, object]]) -> list[Goal]:
+def goals_of(rows: list[Row]) -> list[Goal]:
     goals = []
     for row in rows:
         name = f"{row['workload']}, batch {row['batch_size']} in {row['accumulation']}: Stepper"
@@ -147,41 +128,19 @@ def goals_of(rows: list[dict[str, object]]) -> list[Goal]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workloads", type=Path, help="file of functions that return a Workload")
-    parser.add_argument("--data", help="CIFAR-10, in one of the forms that examples/cifar10.py reads")
+    parser = parser_of(__doc__)
     parser.add_argument("--steps", type=int, default=400, help="most steps of each loop")
     parser.add_argument("--loader-rounds", type=int, default=60, help="blocks of each loader; 0 leaves the loaders out")
-    parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    start_s = time.perf_counter()
-
-    def say(line: str) -> None:
-        print(line, file=sys.stderr if options.json else sys.stdout, flush=True)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the example says that random images mean nothing but for time
-        own = {"cifar10 CNN": cifar10(options.data or "random")} if options.workloads is None else workloads_of(options.workloads)[0]
+    start_s, say = time.perf_counter(), sayer(as_json=options.json)
+    own = workloads_asked(options)
     rows = [row for name, workload in own.items() for row in rows_of(name, workload, options.steps, say)]
     loader_rows = []
     if options.loader_rounds:
         loader_rows = [row for name, workload in own.items() for row in loader_overhead.rows_of(name, workload, options.loader_rounds, say)]
     goals = goals_of(rows) + loader_overhead.goals_of(loader_rows)
-    environment = {
-        "device": platform.processor() or platform.machine(),
-        "threads": 1,
-        "cpu_count": os.cpu_count(),
-        "load_average_1m": round(os.getloadavg()[0], 2),
-        "versions": {"torch": torch.__version__, "python": platform.python_version(), "rightbatch": rb.__version__},
-        "date": datetime.now(UTC).date().isoformat(),
-        "seconds": round(time.perf_counter() - start_s, 1),
-    }
-    if options.json:
-        print(json.dumps({"goals": goals, "rows": rows, "loader_rows": loader_rows, "environment": environment}, indent=2))
-    else:
-        print_goals(goals, environment)
-    return exit_code(goals)
+    return conclude(goals, {"rows": rows, "loader_rows": loader_rows}, start_s=start_s, as_json=options.json)
 
 
 if __name__ == "__main__":

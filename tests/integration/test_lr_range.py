@@ -44,12 +44,43 @@ def test_tested_rate_takes_the_place_of_a_tuned_one(kept):
     assert findings.workload.lr_batch_size is None
 
 
+def test_noise_is_measured_along_a_pilot_at_the_tested_rate(kept):
+    out, findings = kept
+    assert findings.workload.lr != findings.lr_range.value
+    assert RunFolder.open(out).read_measurements().gradient_noise.pilot_lr == pytest.approx(findings.lr_range.value)
+
+
+def test_noise_of_another_rate_is_measured_again_once_a_rate_was_tested(untuned, tmp_path):
+    device, workload = untuned
+    noise_first = replace(REQUEST, out=tmp_path / "run", parts=frozenset({Part.GRADIENT_NOISE}), lr_range_if_untuned=False)
+    found_by(workload, device, noise_first)
+    before = RunFolder.open(tmp_path / "run").read_measurements().gradient_noise
+
+    findings = found_by(workload, device, replace(REQUEST, out=tmp_path / "run"))
+
+    after = RunFolder.open(tmp_path / "run").read_measurements().gradient_noise
+    assert findings.reused_parts == (Part.MEMORY.value,)
+    assert (before.pilot_lr, after.pilot_lr) == (0.01, pytest.approx(findings.lr_range.value))
+
+
+def test_noise_of_another_rate_is_not_taken_from_a_folder_whose_run_was_cut_off_behind_the_test(untuned, tmp_path):
+    device, workload = untuned
+    request = replace(REQUEST, out=tmp_path / "run", parts=frozenset({Part.GRADIENT_NOISE}), lr_range_if_untuned=False)
+    found_by(workload, device, request)
+    found_by(workload, device, replace(request, parts=frozenset({Part.LR_RANGE})))
+
+    again = found_by(workload, device, request)
+
+    assert again.reused_parts == (Part.MEMORY.value, Part.LR_RANGE.value)
+
+
 def test_test_takes_no_more_than_its_share_of_the_budget(untuned, kept):
     assert kept[1].duration_s <= 60.0
     share = 0.3 / 1.3
-    device, workload = untuned
+    device, _ = untuned
+    at_the_same_rate = planted_workload(device, planted_samples(8.0, 3000, 0), lr=kept[1].lr_range.value)
     before = device.now
-    rates_only = found_by(workload, device, replace(REQUEST, save=False, lr_range_if_untuned=False))
+    rates_only = found_by(at_the_same_rate, device, replace(REQUEST, save=False, lr_range_if_untuned=False))
     without_s = device.now - before
     assert rates_only.lr_range is None
     assert kept[1].duration_s - without_s <= share * 60.0

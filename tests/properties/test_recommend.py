@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from oracles.oracle_curves import ENVIRONMENT, law_s, noise, timed, workload
 from rightbatch.fits.step_time import fit_step_time
-from rightbatch.fits.tradeoff import fit_tradeoff
+from rightbatch.fits.tradeoff import draw_costs, fit_tradeoff
 from rightbatch.recommend import judge, recommend
 from rightbatch.records.measurements import Measurements
 from rightbatch.records.plan import Constraints, Goal, Objective
@@ -25,12 +25,13 @@ def test_plan_sizes_multiply_and_respect_the_bounds(scale, fixed_s, ranks, cap, 
         "noise_scale": noise(scale),
         "memory": None,
         "workload": workload(),
-        "objective": Objective(goal=goal),
         "constraints": Constraints(world_size=ranks, max_global_batch_size=cap),
     }
-    tradeoff = fit_tradeoff(**shared, rng=np.random.default_rng(0))
+    objective = Objective(goal=goal)
+    draws = draw_costs(**shared, rng=np.random.default_rng(0))
+    tradeoff = fit_tradeoff(draws, noise_scale=shared["noise_scale"], objective=objective)
 
-    plan = recommend(**shared, tradeoff=tradeoff, rng=np.random.default_rng(0)).plan
+    plan = recommend(**shared, objective=objective, draws=draws, tradeoff=tradeoff).plan
 
     assert plan.global_batch_size == plan.micro_batch_size * plan.accumulation_steps * plan.world_size
     assert plan.world_size == ranks

@@ -63,7 +63,8 @@ def forecast_schedule(
         rng_seed: Equal arguments give equal forecasts.
 
     Returns:
-        ``INDETERMINATE`` when the noise or the step time is unknown or unstable, or the loss couples the samples of a batch.
+        ``INDETERMINATE`` when the noise or the step time is unknown or unstable, or the loss couples the samples of a batch. Step times
+        that no law fits are ``INCONSISTENT`` and still hold at and between the timed sizes: then only a schedule below those is refused.
 
     Source:
         McCandlish et al. 2018, arXiv:1812.06162, appendix D; Smith et al. 2018, arXiv:1711.00489; docs/theory/dynamic_batch.md.
@@ -88,6 +89,12 @@ def forecast_schedule(
     )
     if costs is None:
         return _nothing("No timed size is allowed: raise --max-batch or the limit.")
+    smallest_timed = round(costs.measured_sizes[0] * costs.world_size)
+    if step_time.status is Status.INCONSISTENT and min(_ends(schedule), default=smallest_timed) < smallest_timed:
+        return _nothing(
+            "No curve fits the step times, so nothing can be forecast below the smallest timed size: "
+            f"keep the batch at {smallest_timed} or more."
+        )
     if isinstance(schedule, GrowthForDecay):
         return _forecast_growth(costs, schedule, total_samples)
     course = None if noise is None else draw_noise_course(noise, total_samples, rng, N_DRAWS)
@@ -212,6 +219,8 @@ def _ends(schedule: BatchSchedule) -> tuple[int, ...]:
         return (schedule.global_batch_size,)
     if isinstance(schedule, MilestoneSizes):
         return tuple(size for _, size in schedule.milestones)
+    if isinstance(schedule, GrowthForDecay):
+        return (schedule.start,)
     return (schedule.start, schedule.stop) if isinstance(schedule, LinearGrowth | GeometricGrowth) else ()
 
 

@@ -262,20 +262,13 @@ def summarise(values: FloatArray) -> Estimate:
     return Estimate(value=mean, low=min(float(low), mean), high=max(float(high), mean), n=len(values))
 
 
-def fit_tradeoff(
-    *,
-    step_time: StepTimeCurve,
-    loader: LoaderCurve | None,
-    noise_scale: NoiseScale | None,
-    memory: MemoryCurve | None,
-    workload: WorkloadSummary,
-    objective: Objective,
-    constraints: Constraints,
-    rng: np.random.Generator,
-    branches: BranchMeasurements | None = None,
-    swept: SweepEvidence | None = None,
-) -> Tradeoff:
+def fit_tradeoff(draws: CostDraws | None, *, noise_scale: NoiseScale | None, objective: Objective) -> Tradeoff:
     """Predicted cost of every candidate size relative to the best, draw by draw, and its expected regret.
+
+    Args:
+        draws: What each candidate costs; none when no timed size is allowed.
+        noise_scale: What the draws rest on; none when the noise was not measured.
+        objective: The goal whose regret is wanted.
 
     Returns:
         ``INDETERMINATE`` without a usable noise scale: the points then carry step times only.
@@ -286,17 +279,6 @@ def fit_tradeoff(
     Source:
         McCandlish et al. 2018, arXiv:1812.06162, equation 2.11; docs/theory/tradeoff.md.
     """
-    draws = draw_costs(
-        step_time=step_time,
-        loader=loader,
-        noise_scale=noise_scale,
-        memory=memory,
-        workload=workload,
-        constraints=constraints,
-        rng=rng,
-        branches=branches,
-        swept=swept,
-    )
     unknown = Estimate(value=None, low=None, high=None, n=0, status=Status.INDETERMINATE)
     if draws is None:
         return Tradeoff(status=Status.INDETERMINATE, critical_batch_size=unknown, points=(), remarks=("No timed size is allowed.",))

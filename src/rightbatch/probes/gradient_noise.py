@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from rightbatch.engine.gradients import GradientBlocks, block_limit, flat_gradient
+from rightbatch.engine.learning_rate import set_lr
 from rightbatch.engine.rig import Rig, shuffled_epochs
 from rightbatch.engine.step import Trainee, backward_mean, clear_gradients, train_step
 from rightbatch.records.measurements import GradientNoiseMeasurements, GradientNorms, NoiseProblem
@@ -31,6 +32,7 @@ def measure(
     batch_norm: bool,
     is_decided: Callable[[GradientNorms], bool],
     budget_s: float,
+    pilot_lr: float | None = None,
 ) -> GradientNoiseMeasurements:
     """Measure the noise at initialisation, then three times along a pilot run of four epochs at most, spaced by factors of three.
 
@@ -46,8 +48,10 @@ def measure(
         batch_norm: Whether normalisation couples the samples of a micro-batch.
         is_decided: Says whether a snapshot is precise enough.
         budget_s: Seconds for everything.
+        pilot_lr: Rate of the pilot; none takes the optimizer's own.
     """
     trainee = rig.new_trainee()
+    set_lr(trainee.optimizer, pilot_lr)
     clock = rig.meters.clock
     milestones = tuple(math.ceil(_PILOT_EPOCHS * rig.train_size / 3**power) for power in reversed(range(_PILOT_SNAPSHOTS)))
     start_s = clock.now_s()

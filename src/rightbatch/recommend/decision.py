@@ -8,7 +8,7 @@ import numpy as np
 from rightbatch.fits.devices import fit_devices
 from rightbatch.fits.lr_scaling import couple_lr, saturation_size
 from rightbatch.fits.swept import with_swept_rate
-from rightbatch.fits.tradeoff import CostDraws, draw_costs, relative_to_best, summarise
+from rightbatch.fits.tradeoff import CostDraws, relative_to_best, summarise
 from rightbatch.recommend.advice import Context, advise
 from rightbatch.recommend.choice import binding_constraint, choose, equivalents, relative_time
 from rightbatch.records.estimates import LoaderCurve, MemoryCurve, NoiseScale, Status, StepTimeCurve, Tradeoff
@@ -49,8 +49,8 @@ def recommend(
     workload: WorkloadSummary,
     objective: Objective,
     constraints: Constraints,
+    draws: CostDraws | None,
     tradeoff: Tradeoff | None,
-    rng: np.random.Generator,
     branches: BranchMeasurements | None = None,
     swept: SweepEvidence | None = None,
 ) -> Recommendation:
@@ -64,8 +64,8 @@ def recommend(
         workload: What is trained.
         objective: The goal and the tolerance.
         constraints: Bounds that do not come from a measurement.
-        tradeoff: The trade-off fitted to the same estimates.
-        rng: A generator in the same state as the one the trade-off was drawn with gives the very same draws.
+        draws: What each candidate costs, drawn from the same estimates; none when no timed size is allowed.
+        tradeoff: The trade-off fitted to the draws.
         branches: Training from a checkpoint at several sizes; none when that was not asked for.
         swept: A sweep of the same workload; none where there was none.
 
@@ -78,20 +78,7 @@ def recommend(
     request = _Request(step_time, loader, noise_scale, memory, workload, objective, constraints, tradeoff, branches, swept)
     if memory is not None and memory.status is Status.NOTHING_FITS:
         return _without_plan(request, "nothing_fits")
-    if step_time is None:
-        return _without_plan(request, "inconclusive")
-    draws = draw_costs(
-        step_time=step_time,
-        loader=loader,
-        noise_scale=noise_scale,
-        memory=memory,
-        workload=workload,
-        constraints=constraints,
-        rng=rng,
-        branches=branches,
-        swept=swept,
-    )
-    if draws is None:
+    if step_time is None or draws is None:
         return _without_plan(request, "inconclusive")
     if draws.curves is None:
         draws.objective(objective.goal)

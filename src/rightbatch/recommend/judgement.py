@@ -8,7 +8,7 @@ from rightbatch.fits.lr_range import fit_lr_range, with_tested_rate
 from rightbatch.fits.memory import fit_memory
 from rightbatch.fits.noise_scale import fit_noise_scale
 from rightbatch.fits.step_time import fit_step_time
-from rightbatch.fits.tradeoff import fit_tradeoff
+from rightbatch.fits.tradeoff import draw_costs, fit_tradeoff
 from rightbatch.recommend.decision import recommend
 from rightbatch.records.environment import Environment
 from rightbatch.records.measurements import Measurements
@@ -47,20 +47,20 @@ def judge(
     loader = fit_loader(measurements.loader) if measurements.loader is not None else None
     noise_scale = fit_noise_scale(measurements.gradient_noise) if measurements.gradient_noise is not None else None
     lr_range = fit_lr_range(measurements.lr_range) if measurements.lr_range is not None else None
-    tradeoff = None
+    draws = tradeoff = None
     if step_time is not None:
-        tradeoff = fit_tradeoff(
+        draws = draw_costs(
             step_time=step_time,
             loader=loader,
             noise_scale=noise_scale,
             memory=memory,
             workload=workload,
-            objective=objective,
             constraints=constraints,
             rng=np.random.default_rng(rng_seed),
             branches=measurements.branches,
             swept=measurements.swept,
         )
+        tradeoff = fit_tradeoff(draws, noise_scale=noise_scale, objective=objective)
     recommendation = recommend(
         step_time=step_time,
         loader=loader,
@@ -69,8 +69,8 @@ def judge(
         workload=with_tested_rate(workload, lr_range),
         objective=objective,
         constraints=constraints,
+        draws=draws,
         tradeoff=tradeoff,
-        rng=np.random.default_rng(rng_seed),
         branches=measurements.branches,
         swept=measurements.swept,
     )

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 from rightbatch.errors import RunFolderBusyError, RunFolderError
 from rightbatch.records.document import ForeignRecordError, RecordT, read_document, refuse_io, validate, write_whole
@@ -15,7 +16,9 @@ WRITTEN_BY = "rightbatch"
 
 
 def make_folder(path: Path, what: str) -> list[str]:
-    """Make a folder with its parents, or take one that is there, and return the names in it, sorted.
+    """Make a folder with its parents, or take one that is there, and return the names in it, sorted, that say whose it is.
+
+    The lock is left out, and so is what a write left that was cut off.
 
     Args:
         path: Where it should be.
@@ -28,12 +31,31 @@ def make_folder(path: Path, what: str) -> list[str]:
         raise RunFolderError(f"the {what} must be a folder; {path} is a file; pass another --out.")
     try:
         path.mkdir(parents=True, exist_ok=True)
-        names = sorted(entry.name for entry in path.iterdir())
+        names = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK_FILE and not _is_unfinished(entry.name))
     except OSError as error:
         refuse_io("make", path, error)
     if not os.access(path, os.W_OK | os.X_OK):
         raise RunFolderError(f"cannot write into the {what} {path}: permission denied; pass another --out.")
     return names
+
+
+def _is_unfinished(name: str) -> bool:
+    """Whether a file was being written, as records and checkpoints are before they get their name."""
+    return name.startswith(".") and name.endswith(".tmp")
+
+
+def refuse_foreign(path: Path, whose: str, held: str) -> NoReturn:
+    """Say that a folder belongs to somebody else, and what to do.
+
+    Args:
+        path: The folder.
+        whose: Whose it must be, such as ``a sweep``.
+        held: What it holds, in words.
+
+    Raises:
+        RunFolderError: Always.
+    """
+    raise RunFolderError(f"the folder of {whose} must be empty or {whose}'s; {path} holds {held}; pass another --out.")
 
 
 @contextmanager

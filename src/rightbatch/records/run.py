@@ -5,7 +5,7 @@
 """
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +27,11 @@ from rightbatch.records.document import (
 )
 from rightbatch.records.environment import Environment
 from rightbatch.records.folder import (
-    LOCK_FILE,
     REPORT_FILE,
     locked,
     make_folder,
     read_manifest,
+    refuse_foreign,
     removed_if_empty,
     write_record,
     write_report,
@@ -135,7 +135,7 @@ class RunFolder:
         if MANIFEST_FILE in names:
             folder._check_takeover(names, fresh=fresh)
         else:
-            _refuse_foreign(path, names)
+            _refuse_if_any(path, names)
         return folder
 
     @classmethod
@@ -300,7 +300,7 @@ class RunFolder:
         except RunFolderError:
             if not fresh:
                 raise
-            _refuse_foreign(self.path, [name for name in names if name not in _OUR_FILES])
+            _refuse_if_any(self.path, [name for name in names if name not in _OUR_FILES])
 
 
 def schema() -> JsonObject:
@@ -340,8 +340,6 @@ def schema() -> JsonObject:
     }
 
 
-def _refuse_foreign(path: Path, names: list[str]) -> None:
-    foreign = [name for name in names if name != LOCK_FILE and not (name.startswith(".") and name.endswith(".tmp"))]
+def _refuse_if_any(path: Path, foreign: Sequence[str]) -> None:
     if foreign:
-        shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
-        raise RunFolderError(f"the folder {path} is not empty and no run's (it holds {shown}); pass another --out.")
+        refuse_foreign(path, "a run", ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else ""))

@@ -13,6 +13,7 @@ from rightbatch.records.folder import (
     locked,
     make_folder,
     read_manifest,
+    refuse_foreign,
     removed_if_empty,
     write_record,
     write_report,
@@ -42,9 +43,9 @@ class SweepFolder:
             RunFolderError: It is a file, cannot be written, or holds something else.
         """
         names = make_folder(path, "folder of a sweep")
-        foreign = sorted(name for name in set(names) - _OUR_FILES if not (name.startswith(".") and name.endswith(".tmp")))
+        foreign = [name for name in names if name not in _OUR_FILES]
         if foreign:
-            raise RunFolderError(f"the folder of a sweep must be empty or a sweep's; {path} holds {foreign[0]}; pass another --out.")
+            refuse_foreign(path, "a sweep", foreign[0])
         return cls(path)
 
     @classmethod

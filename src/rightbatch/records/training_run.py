@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from rightbatch.errors import RunFolderError
-from rightbatch.records.folder import LOCK_FILE, locked, make_folder, read_manifest, removed_if_empty, write_record, write_report
+from rightbatch.records.folder import locked, make_folder, read_manifest, refuse_foreign, removed_if_empty, write_record, write_report
 from rightbatch.records.plan import BatchPlan
 from rightbatch.records.record import SCHEMA_VERSION, Record
 from rightbatch.records.run import MANIFEST_FILE
@@ -142,10 +142,9 @@ class TrainingFolder:
         Raises:
             RunFolderError: It is a file, cannot be written, or holds something else.
         """
-        names = set(make_folder(path, "folder of a training")) - {LOCK_FILE}
-        if names and TRAINING_FILE not in names and not all(name.startswith(".") and name.endswith(".tmp") for name in names):
-            kind = "a run of `rightbatch find`" if MANIFEST_FILE in names else "something else"
-            raise RunFolderError(f"the folder of a training must be empty or a training's; {path} holds {kind}; pass another --out.")
+        names = make_folder(path, "folder of a training")
+        if names and TRAINING_FILE not in names:
+            refuse_foreign(path, "a training", "a run of `rightbatch find`" if MANIFEST_FILE in names else "something else")
         return cls(path)
 
     @classmethod

@@ -24,12 +24,13 @@ from rightbatch.sweeps import executors, tasks
 from rightbatch.sweeps.design import Rule, expected_trials, next_trials
 from rightbatch.sweeps.executors import Executor
 from rightbatch.sweeps.known import RUNS_FOLDER, known_findings
-from rightbatch.sweeps.request import Source, SweepProgress, SweepRequest, SweepStage, SweptRun
+from rightbatch.sweeps.request import SweepProgress, SweepRequest, SweepStage, SweptRun
 from rightbatch.sweeps.settings import digest_of, scaling_rule, settings_of
 from rightbatch.sweeps.study import KILLED, Attempt, SweepStudy
 from rightbatch.sweeps.table import tidy_table
 from rightbatch.sweeps.tasks import Described, DescribeTask, TrialTask, WorkerSetting
 from rightbatch.sweeps.words import best_words, cost_words, ended_words, killed_words
+from rightbatch.workload.source import Source
 
 MOST_KILLS = 2
 """A trial whose process was killed so often has failed."""
@@ -189,7 +190,10 @@ class _Driver:
     def _setting(self, executor: Executor) -> WorkerSetting:
         request = self.request
         return WorkerSetting(
-            load=self.source.load, device=request.device, precision=request.precision, threads=request.threads or executor.threads
+            load=self.source.load,
+            device=executor.device or request.device,
+            precision=request.precision,
+            threads=request.threads or executor.threads,
         )
 
     def _rule(self, manifest: SweepManifest) -> Rule:

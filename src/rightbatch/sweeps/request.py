@@ -3,9 +3,10 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Protocol
 
 from rightbatch.errors import UsageError
+from rightbatch.records.request import RunRequest
 from rightbatch.records.sweep import SweepResult, TrialResult, TrialSpec
 from rightbatch.records.training_log import TrainingTarget
 
@@ -15,7 +16,7 @@ _RANGE = re.compile(r"\s*([0-9]+)\s*\.\.\s*([0-9]+)\s*")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepRequest:
+class SweepRequest(RunRequest):
     """Everything that changes what a sweep trains, or where it is kept.
 
     Raises:
@@ -36,14 +37,6 @@ class SweepRequest:
     """Seconds after which no trial goes on; none sets no end."""
     plan: Path | None = None
     """A run of `find` whose plan is judged; none takes the latest run of the same workload below ``rightbatch-runs``."""
-    device: str = "auto"
-    precision: Literal["fp32", "bf16", "fp16", "fp64"] | None = None
-    threads: int | None = None
-    """Threads of a trial; none shares the cores."""
-    out: Path | None = None
-    """Folder of the sweep; none derives one from what is asked, below ``rightbatch-runs``."""
-    fresh: bool = False
-    """Whether to train again what the folder holds."""
 
     def __post_init__(self) -> None:
         for name in ("seeds", "jobs", "most_samples", "budget_s", "threads"):
@@ -107,31 +100,6 @@ class SilentSweep:
 
     def update(self, stage: SweepStage) -> None:
         """Ignore it."""
-
-
-class Source(Protocol):
-    """Where a workload comes from."""
-
-    @property
-    def spec(self) -> str:
-        """How the user named it."""
-
-    @property
-    def arguments(self) -> tuple[str, ...]:
-        """The user's arguments to it."""
-
-    @property
-    def name(self) -> str:
-        """A word for it that can name a folder."""
-
-    def load(self) -> Any:
-        """Return the workload; runs the user's code."""
-
-    def code_files(self) -> tuple[tuple[str, str], ...]:
-        """Return (path, digest) of every file of the user's code, once loaded."""
-
-    def code_is_unchanged(self, files: tuple[tuple[str, str], ...]) -> bool:
-        """Return whether those files are as they were."""
 
 
 @dataclass(frozen=True, kw_only=True)

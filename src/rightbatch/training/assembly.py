@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rightbatch.engine.in_process import users_errors
+from rightbatch.engine.learning_rate import set_lr
 from rightbatch.engine.rig import Rig, seed_everything
 from rightbatch.engine.step import Trainee
 from rightbatch.errors import UsageError, WorkloadError
@@ -189,25 +190,6 @@ def plan_for_ranks(plan: BatchPlan, world_size: int) -> BatchPlan:
         )
     steps = next(count for count in range(1, share + 1) if share % count == 0 and share // count <= plan.micro_batch_size)
     return plan.model_copy(update={"micro_batch_size": share // steps, "accumulation_steps": steps, "world_size": world_size})
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float | None) -> None:
-    """Bring the first parameter group to a learning rate, and the others by the same factor.
-
-    Args:
-        optimizer: As the workload built it.
-        lr: The plan's rate; none keeps the workload's.
-    """
-    if lr is None:
-        return
-    groups = optimizer.param_groups
-    factor = lr / float(groups[0]["lr"])
-    for group in groups:
-        for key in ("lr", "initial_lr"):
-            if isinstance(group.get(key), Tensor):
-                group[key].mul_(factor)
-            elif key in group:
-                group[key] = lr if group is groups[0] else group[key] * factor
 
 
 def _noise_every(request: TrainingRequest, plan: BatchPlan, rig: Rig, trainee: Trainee) -> int | None:

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 from rightbatch.errors import UsageError
 from rightbatch.records.plan import BatchPlan
+from rightbatch.records.request import RunRequest
 from rightbatch.records.schedule import BatchSchedule, ScheduleForecast
 from rightbatch.records.training_log import EvaluationLine, TrainingTarget
 from rightbatch.records.training_run import PredictedStep
@@ -16,7 +16,7 @@ KeepGoing = Callable[[EvaluationLine], bool]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingRequest:
+class TrainingRequest(RunRequest):
     """Everything that changes how a training goes, or where it is kept.
 
     Raises:
@@ -42,18 +42,9 @@ class TrainingRequest:
     """Step times from the plan's findings, to compare the realised time with."""
     noise_every: int | None = None
     """Measure the gradient noise on every so many steps; 0 never; none where it costs and changes next to nothing."""
-    device: str = "auto"
-    precision: Literal["fp32", "bf16", "fp16", "fp64"] | None = None
-    """Overrides the workload's own precision."""
     seed: int = 0
-    threads: int | None = None
-    """Threads torch computes with; none leaves torch's default."""
-    out: Path | None = None
-    """Folder for the log, the checkpoints and the report; none keeps nothing."""
     resume: bool = False
     """Whether to go on from the last checkpoint in the folder; from the start when there is none."""
-    fresh: bool = False
-    """Whether to start again in a folder that holds a training."""
     checkpoint_every_s: float = 60.0
     """Seconds between checkpoints; one more is written at the end."""
     evaluate_every: int | None = None

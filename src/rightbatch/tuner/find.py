@@ -24,7 +24,8 @@ from rightbatch.records.measurements import (
 from rightbatch.records.plan import Findings
 from rightbatch.records.run import RunFolder, RunManifest
 from rightbatch.tuner.kept import ORDER, RUNS_FOLDER, SWEPT, WORKLOAD, Kept, answer_at_once, digest, now, read_kept, take_in_sweep
-from rightbatch.tuner.request import STANDARD_PARTS, Part, Progress, Request, SilentProgress, Source, parts_of
+from rightbatch.tuner.request import STANDARD_PARTS, Part, Progress, Request, SilentProgress, parts_of
+from rightbatch.workload.source import Source
 
 if TYPE_CHECKING:
     from rightbatch.engine.rig import Rig
@@ -170,7 +171,7 @@ def default_folder(source: Source, request: Request, rank_count: int = 1) -> Pat
 
 def _measure_and_judge(asked: _Asked, kept: Kept) -> Findings:
     request = asked.request
-    taken_over = kept.part_names
+    taken_over = dict(kept.parts)
     wanted = parts_of(request, kept.parts.get(WORKLOAD)) | {Part.MEMORY}
     waiting = frozenset(part for part in wanted if part.value not in kept.parts)
     _share_waiting(asked.ranks, waiting)
@@ -179,7 +180,8 @@ def _measure_and_judge(asked: _Asked, kept: Kept) -> Findings:
         kept.folder.keep_only(kept.parts)
     if waiting or kept.environment is None:
         duration_s = _measure(asked, kept, waiting)
-    findings = _judge(asked, kept).model_copy(update={"reused_parts": taken_over, "duration_s": duration_s})
+    reused = tuple(name for name in kept.part_names if kept.parts[name] is taken_over.get(name))
+    findings = _judge(asked, kept).model_copy(update={"reused_parts": reused, "duration_s": duration_s})
     if kept.folder is not None:
         if SWEPT in kept.parts:
             kept.keep(SWEPT, kept.parts[SWEPT], request)
@@ -245,7 +247,10 @@ def _measure(asked: _Asked, kept: Kept, waiting: frozenset[Part]) -> float:
 
 
 def _measure_parts(measuring: "Measuring", asked: _Asked, kept: Kept, waiting: frozenset[Part], summary: WorkloadSummary) -> None:
+    asked_for = parts_of(asked.request, summary)
     for part in ORDER:
+        if part is Part.GRADIENT_NOISE and part in asked_for and kept.noise_is_outdated:  # the rate was tested just now
+            waiting |= {part}
         if part not in waiting:
             continue
         budget_s = measuring.share_s(part, waiting)
@@ -265,7 +270,7 @@ def _measure_parts(measuring: "Measuring", asked: _Asked, kept: Kept, waiting: f
         elif part is Part.LR_RANGE:
             record = measuring.lr_range(summary, memory, budget_s)
         else:
-            record = measuring.gradient_noise(summary, memory, kept.parts.get(Part.STEP_TIME), budget_s)
+            record = measuring.gradient_noise(kept.trained_as(summary), memory, kept.parts.get(Part.STEP_TIME), budget_s)
         kept.keep(part.value, record, asked.request)
 
 

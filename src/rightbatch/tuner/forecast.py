@@ -12,7 +12,8 @@ from rightbatch.fits.forecast import forecast
 from rightbatch.fits.gpus import Gpu
 from rightbatch.records.estimates import MemoryForecast
 from rightbatch.records.measurements import MemoryTrace
-from rightbatch.tuner.request import Progress, Request, Source
+from rightbatch.tuner.request import Progress, Request
+from rightbatch.workload.source import Source
 
 if TYPE_CHECKING:
     from rightbatch.engine.rig import Rig

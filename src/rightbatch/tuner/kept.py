@@ -1,6 +1,7 @@
 """What an earlier run left in its folder, whether it still holds, and where new measurements are kept. Never imports torch."""
 
 import hashlib
+import math
 import os
 import platform
 from collections.abc import Iterator, Mapping
@@ -12,19 +13,23 @@ from typing import Any
 
 from rightbatch._version import __version__
 from rightbatch.errors import RunFolderError
+from rightbatch.fits.lr_range import fit_lr_range, with_tested_rate
 from rightbatch.fits.swept import evidence_of
 from rightbatch.records.environment import Environment
-from rightbatch.records.measurements import Measurements
+from rightbatch.records.measurements import Measurements, WorkloadSummary
 from rightbatch.records.plan import Findings
 from rightbatch.records.record import Record
 from rightbatch.records.run import PART_KINDS, RunFolder, RunManifest, StoredPart
 from rightbatch.records.sweep_folder import SweepFolder
 from rightbatch.records.training import SweepEvidence
-from rightbatch.tuner.request import Part, Request, Source, parts_of
+from rightbatch.tuner.request import Part, Request, parts_of
+from rightbatch.workload.source import Source
 
 WORKLOAD, SWEPT = "workload", "swept"
 RUNS_FOLDER = Path("rightbatch-runs")
 ORDER = (Part.MEMORY, Part.STEP_TIME, Part.LOADER, Part.LR_RANGE, Part.GRADIENT_NOISE, Part.BRANCHES)
+_SAME_RATE = 1e-6
+"""Relative difference of two learning rates that are one."""
 
 
 @dataclass
@@ -59,6 +64,21 @@ class Kept:
         """Names of the parts that are known, in the order of measuring."""
         return tuple(part.value for part in ORDER if part.value in self.parts)
 
+    def trained_as(self, workload: WorkloadSummary) -> WorkloadSummary:
+        """Return the workload with the rate that was tested, where that stands in for a tuned one."""
+        tested = self.parts.get(Part.LR_RANGE)
+        return workload if tested is None else with_tested_rate(workload, fit_lr_range(tested))
+
+    @property
+    def noise_is_outdated(self) -> bool:
+        """Whether the pilot of the noise took another rate than the one that is tested by now."""
+        if Part.GRADIENT_NOISE not in self.parts or WORKLOAD not in self.parts:
+            return False
+        taken, trained = self.parts[Part.GRADIENT_NOISE].pilot_lr, self.trained_as(self.parts[WORKLOAD])
+        if taken is None or trained.lr is None or not trained.lr_is_tested:
+            return False
+        return not math.isclose(taken, trained.lr, rel_tol=_SAME_RATE)
+
     def measurements(self) -> Measurements:
         """Return everything that is known."""
         return Measurements(**self.parts)
@@ -92,6 +112,8 @@ def read_kept(folder: RunFolder, source: Source, request: Request, *, rank_count
     kept.environment, kept.manifest = manifest.environment, manifest
     cut_short = _cut_short(folder, holding) if request.budget_s > (manifest.budget_s or request.budget_s) else set()
     kept.parts = {name: part.record for name, part in holding.items() if name not in cut_short}
+    if kept.noise_is_outdated:
+        del kept.parts[Part.GRADIENT_NOISE]
     kept.measured_at = min(
         (part.measured_at for name, part in holding.items() if name in kept.parts and name not in (WORKLOAD, SWEPT)), default=""
     )

@@ -205,7 +205,20 @@ class Measuring:
     def gradient_noise(
         self, workload: WorkloadSummary, found: MemoryMeasurements, timed: StepTimeMeasurements | None, budget_s: float
     ) -> GradientNoiseMeasurements:
-        """Measure the noise at a micro-batch size that the hardware runs well and the dataset holds many of."""
+        """Measure the noise at a micro-batch size that the hardware runs well and the dataset holds many of.
+
+        The pilot takes the rate that a range test found, where that stands in for a tuned one: a rate k times too small shows about k
+        times the noise.
+
+        Args:
+            workload: What is trained; with the tested rate, where one was tested.
+            found: Sizes that ran.
+            timed: Step times; none where they were not measured.
+            budget_s: Seconds that this may take.
+
+        Source:
+            McCandlish et al. 2018, arXiv:1812.06162, appendix C (temperature).
+        """
         self._stage = "gradient noise"
         ceiling = max(point.micro_batch_size for point in found.points if point.outcome is Outcome.RAN)
         pilot_batch_size = min(workload.lr_batch_size or _DEFAULT_PILOT_BATCH, ceiling, workload.train_size)
@@ -218,6 +231,7 @@ class Measuring:
                 batch_norm=workload.batch_norm,
                 is_decided=noise_fit.is_decided,
                 budget_s=budget_s,
+                pilot_lr=workload.lr if workload.lr_is_tested else None,
             )
         )
         if isinstance(outcome, Completed):

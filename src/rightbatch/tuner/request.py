@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from rightbatch.records.measurements import WorkloadSummary
 from rightbatch.records.plan import Constraints, Objective
+from rightbatch.records.request import RunRequest
 
 
 class Part(StrEnum):
@@ -27,7 +27,7 @@ STANDARD_PARTS = frozenset(Part) - {Part.LR_RANGE, Part.BRANCHES}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class Request(RunRequest):
     """Everything that changes what is measured or decided."""
 
     parts: frozenset[Part] = STANDARD_PARTS
@@ -36,10 +36,6 @@ class Request:
     """Whether to add the learning-rate range test for a workload that does not say where its rate was tuned."""
     objective: Objective = field(default_factory=Objective)
     constraints: Constraints = field(default_factory=Constraints)
-    device: str = "auto"
-    """``auto`` takes an accelerator if there is one; else ``cpu``, ``cuda``, ``cuda:1``, ``mps``."""
-    precision: Literal["fp32", "bf16", "fp16", "fp64"] | None = None
-    """Overrides the workload's own precision."""
     max_batch: int | None = None
     """Largest micro-batch to consider."""
     limit_bytes: int | None = None
@@ -47,8 +43,6 @@ class Request:
     budget_s: float = 120.0
     """Seconds that all probes together may take."""
     seed: int = 0
-    threads: int | None = None
-    """Threads torch computes with; none leaves torch's default."""
     isolation: Literal["child", "in-process"] = "child"
     """``child`` measures in a spawned process; ``in-process`` snapshots and restores this one."""
     malloc: Literal["default", "tight"] = "default"
@@ -57,10 +51,6 @@ class Request:
     """Whether to prove the ceiling by one sample more, which must fail."""
     alternatives: bool = False
     """Whether to trace what another precision, optimizer or checkpointing would need."""
-    out: Path | None = None
-    """The run folder; none derives one from the workload below ``rightbatch-runs``."""
-    fresh: bool = False
-    """Measure again what an earlier run in the folder has already measured."""
     save: bool = True
     """Whether to write a run folder at all."""
 
@@ -70,31 +60,6 @@ def parts_of(request: Request, workload: WorkloadSummary | None) -> frozenset[Pa
     if request.lr_range_if_untuned and workload is not None and workload.lr_batch_size is None:
         return request.parts | {Part.LR_RANGE}
     return request.parts
-
-
-class Source(Protocol):
-    """Where a workload comes from."""
-
-    @property
-    def spec(self) -> str:
-        """How the user named it."""
-
-    @property
-    def arguments(self) -> tuple[str, ...]:
-        """The user's arguments to it."""
-
-    @property
-    def name(self) -> str:
-        """A word for it that can name a folder."""
-
-    def load(self) -> Any:
-        """Return the workload; runs the user's code."""
-
-    def code_files(self) -> tuple[tuple[str, str], ...]:
-        """Return (path, digest) of every file of the user's code, once loaded."""
-
-    def code_is_unchanged(self, files: tuple[tuple[str, str], ...]) -> bool:
-        """Return whether those files are as they were."""
 
 
 class Progress(Protocol):

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from rightbatch.errors import RightbatchError, UsageError, UserCodeError, WorkloadError
 
@@ -33,6 +33,31 @@ HELP_FLAGS = ("--help", "-h")
 _FORMS = "write it as FILE.py:FUNCTION or package.module:FUNCTION"
 _OWN_FOLDER = Path(__file__).resolve().parent.parent
 _T = TypeVar("_T")
+
+
+class Source(Protocol):
+    """Where a workload comes from."""
+
+    @property
+    def spec(self) -> str:
+        """How the user named it."""
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The user's arguments to it."""
+
+    @property
+    def name(self) -> str:
+        """A word for it that can name a folder."""
+
+    def load(self) -> Any:
+        """Return the workload; runs the user's code."""
+
+    def code_files(self) -> tuple[tuple[str, str], ...]:
+        """Return (path, digest) of every file of the user's code, once loaded."""
+
+    def code_is_unchanged(self, files: tuple[tuple[str, str], ...]) -> bool:
+        """Return whether those files are as they were."""
 
 
 @dataclass(frozen=True)

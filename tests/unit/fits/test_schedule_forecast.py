@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from oracles.oracle_curves import law_s
+from oracles.oracle_curves import law_s, timed
 from oracles.oracle_schedule import best_ratio_by_quadrature, findings, noise_along
 from rightbatch.fits import schedule_forecast
 from rightbatch.fits.schedule_forecast import WORTH_IT, forecast_schedule
+from rightbatch.fits.step_time import fit_step_time
 from rightbatch.records.estimates import BranchCurve, Estimate, Status, Tradeoff
 from rightbatch.records.plan import Constraints
 from rightbatch.records.schedule import ConstantSize, GeometricGrowth, GrowthForDecay, NoiseAdaptive, ScheduleForecast
@@ -68,6 +69,40 @@ def test_schedule_against_the_noise_is_told_from_one_that_could_pay():
 
     assert forecast.relative_time.value > 1.2
     assert "this one does not follow the noise" in " ".join(forecast.reasons)
+
+
+def off_the_law(sizes=(16, 32, 64, 128, 256, 512, 1024)):
+    """Step times of which one is three times what any smooth law allows."""
+    curve = fit_step_time(timed({b: law_s(b, 0.02, 8000.0) * (3 if b == sizes[3] else 1) for b in sizes}))
+    assert curve.status is Status.INCONSISTENT
+    return curve
+
+
+def test_step_times_that_no_law_fits_still_forecast_a_schedule_between_timed_sizes():
+    given, curve = findings(noise_along(steep, POSITIONS)), off_the_law()
+    forecast = forecast_schedule(given, adaptive(), TOTAL, step_time=curve)
+    without_law = curve.model_copy(update={"fixed_time_s": None, "saturated_samples_per_s": None, "exponent": None})
+
+    assert forecast.status is Status.OK
+    assert forecast == forecast_schedule(given, adaptive(), TOTAL, step_time=without_law)
+    assert forecast != forecast_schedule(given, adaptive(), TOTAL)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        GeometricGrowth(start=8, stop=512, over_samples=TOTAL),
+        GrowthForDecay(start=8, factor=2.0, at_samples=(TOTAL // 2,), largest=512),
+        ConstantSize(global_batch_size=8),
+    ],
+)
+def test_step_times_that_no_law_fits_forecast_nothing_below_the_smallest_timed_size(schedule):
+    given = findings(noise_along(steep, POSITIONS))
+
+    assert forecast_schedule(given, schedule, TOTAL).status is Status.OK
+    refused = forecast_schedule(given, schedule, TOTAL, step_time=off_the_law())
+    assert refused.status is Status.INDETERMINATE
+    assert "keep the batch at 16 or more" in refused.reasons[0]
 
 
 def test_expensive_step_leaves_the_largest_size_best_and_says_so():

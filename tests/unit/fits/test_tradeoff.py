@@ -34,7 +34,8 @@ def _arguments(**changes):
 
 
 def _tradeoff(goal=Goal.TIME, **changes):
-    return fit_tradeoff(objective=Objective(goal=goal), **_arguments(**changes))
+    arguments = _arguments(**changes)
+    return fit_tradeoff(draw_costs(**arguments), noise_scale=arguments["noise_scale"], objective=Objective(goal=goal))
 
 
 def test_prior_of_the_critical_size_is_the_stated_one():

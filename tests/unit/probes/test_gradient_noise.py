@@ -13,7 +13,7 @@ from rightbatch.records.measurements import NoiseProblem
 from rightbatch.workload.ingredients import Workload
 
 
-def measure(rig, *, micro_batch_size=4, pilot_batch_size=8, is_decided=lambda norms: True, budget_s=60.0):
+def measure(rig, *, micro_batch_size=4, pilot_batch_size=8, is_decided=lambda norms: True, budget_s=60.0, pilot_lr=None):
     return gradient_noise.measure(
         rig,
         micro_batch_size=micro_batch_size,
@@ -21,6 +21,7 @@ def measure(rig, *, micro_batch_size=4, pilot_batch_size=8, is_decided=lambda no
         batch_norm=False,
         is_decided=is_decided,
         budget_s=budget_s,
+        pilot_lr=pilot_lr,
     )
 
 
@@ -76,6 +77,14 @@ def test_snapshots_are_taken_at_the_start_and_along_the_pilot():
     assert [snapshot.samples_seen for snapshot in measured.snapshots] == [0, 32, 88, 256]
     assert measured.pilot_samples == 256
     assert measured.pilot_lr == pytest.approx(0.1)
+
+
+def test_the_pilot_trains_at_the_rate_that_is_given():
+    own, same, faster = (measure(tiny(), pilot_lr=lr) for lr in (None, 0.1, 0.4))
+    assert (own.pilot_lr, faster.pilot_lr) == (0.1, 0.4)
+    assert same == own
+    assert faster.snapshots[0] == own.snapshots[0]
+    assert faster.snapshots[1].mean_loss < own.snapshots[1].mean_loss
 
 
 @pytest.mark.parametrize(("batch_norm", "micro_batch_size", "half"), [(True, 4, 2), (False, 4, None), (True, 2, None)])

@@ -6,7 +6,7 @@ from oracles.oracle_memory import attempt, peak_of, trace_of
 from oracles.oracle_noise import gaussian_gradients, norms_of
 from rightbatch.errors import UsageError
 from rightbatch.fits.step_time import fit_step_time
-from rightbatch.fits.tradeoff import fit_tradeoff
+from rightbatch.fits.tradeoff import draw_costs, fit_tradeoff
 from rightbatch.recommend import judge, recommend
 from rightbatch.records.estimates import Status
 from rightbatch.records.measurements import GradientNoiseMeasurements, Measurements, MemoryLimit, MemoryMeasurements
@@ -26,9 +26,10 @@ def _recommend(goal=Goal.TIME, **changes):
         "workload": workload(),
         "constraints": Constraints(),
     }
-    shared = {**shared, "objective": Objective(goal=goal), **changes}
-    tradeoff = None if shared["step_time"] is None else fit_tradeoff(**shared, rng=np.random.default_rng(0))
-    return recommend(**shared, tradeoff=tradeoff, rng=np.random.default_rng(0))
+    shared, objective = {**shared, **changes}, Objective(goal=goal)
+    draws = draw_costs(**shared, rng=np.random.default_rng(0))
+    tradeoff = fit_tradeoff(draws, noise_scale=shared["noise_scale"], objective=objective)
+    return recommend(**shared, objective=objective, draws=draws, tradeoff=tradeoff)
 
 
 def _measurements(**changes):

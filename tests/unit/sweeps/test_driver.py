@@ -39,8 +39,8 @@ class Inline:
 
     threads = 1
 
-    def __init__(self, slots=2):
-        self.slots = slots
+    def __init__(self, slots=2, device=None):
+        self.slots, self.device = slots, device
         self.closed = False
 
     def submit(self, function, params):
@@ -104,6 +104,18 @@ def test_the_expected_cost_is_said_first(tmp_path):
 
     assert "3 sizes from 32 to 128, 3 seeds: about 20 trials, 2 at once" in heard.news[0]
     assert heard.stages[-1].ended == len([line for line in heard.news if "samples" in line]) - 1
+
+
+@pytest.mark.parametrize(("own", "told"), [("cuda", "cuda"), (None, "cuda:1")])
+def test_a_trial_is_told_its_device_as_its_own_process_names_it(tmp_path, own, told):
+    devices = set()
+
+    def noted(work):
+        return lambda task: devices.add(task.setting.device) or work(task)
+
+    drive(tmp_path, run=noted(run_law), describe=noted(describe), executor=Inline(device=own), device="cuda:1")
+
+    assert devices == {told}
 
 
 def test_a_sweep_that_is_complete_trains_nothing_again(tmp_path):

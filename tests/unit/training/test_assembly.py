@@ -1,11 +1,10 @@
-"""A plan for other ranks, and the plan's learning rate."""
+"""A plan for other ranks."""
 
 import pytest
-import torch
 
 from rightbatch.errors import UsageError
 from rightbatch.records.plan import BatchPlan
-from rightbatch.training.assembly import plan_for_ranks, set_lr
+from rightbatch.training.assembly import plan_for_ranks
 
 
 @pytest.mark.parametrize(
@@ -32,21 +31,3 @@ def test_the_global_batch_stays_and_micro_batches_do_not_grow(given: tuple[int, 
 def test_a_batch_that_ranks_cannot_share_evenly_is_refused_with_sizes_that_can() -> None:
     with pytest.raises(UsageError, match="got 100 for 3 ranks; use --plan 99 or 102"):
         plan_for_ranks(BatchPlan(global_batch_size=100, micro_batch_size=100), 3)
-
-
-def test_all_groups_follow_the_plans_rate_in_proportion() -> None:
-    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(3)]
-    groups = [{"params": [parameters[0]]}, {"params": [parameters[1]], "lr": 0.01}, {"params": [parameters[2]], "lr": torch.tensor(0.2)}]
-    optimizer = torch.optim.SGD(groups, lr=0.1, foreach=False)
-
-    set_lr(optimizer, 0.3)
-
-    assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([0.3, 0.03, 0.6])
-
-
-def test_without_a_rate_the_workloads_stays() -> None:
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
-
-    set_lr(optimizer, None)
-
-    assert optimizer.param_groups[0]["lr"] == 0.1

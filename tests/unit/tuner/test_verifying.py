@@ -6,7 +6,7 @@ import pytest
 from oracles.oracle_curves import ENVIRONMENT, law_s, timed, workload
 from rightbatch.fits.critical_batch import GROWTH_WITH_PILOT_MEDIAN
 from rightbatch.fits.step_time import fit_step_time
-from rightbatch.fits.tradeoff import fit_tradeoff
+from rightbatch.fits.tradeoff import draw_costs, fit_tradeoff
 from rightbatch.recommend.decision import recommend
 from rightbatch.records.estimates import Estimate, NoiseScale, NoiseSnapshot, Status
 from rightbatch.records.lr_range import LrRange
@@ -38,14 +38,14 @@ def findings(scale=100.0, branches=None, **changes):
         "noise_scale": noise(scale),
         "memory": None,
         "workload": workload(**changes),
-        "objective": Objective(),
         "constraints": Constraints(),
         "branches": branches,
     }
-    tradeoff = fit_tradeoff(**parts, rng=np.random.default_rng(0))
+    draws = draw_costs(**parts, rng=np.random.default_rng(0))
+    tradeoff = fit_tradeoff(draws, noise_scale=parts["noise_scale"], objective=Objective())
     return Findings(
         environment=ENVIRONMENT,
-        recommendation=recommend(**parts, tradeoff=tradeoff, rng=np.random.default_rng(0)),
+        recommendation=recommend(**parts, objective=Objective(), draws=draws, tradeoff=tradeoff),
         tradeoff=tradeoff,
         measured_at="2026-11-24T00:00:00+00:00",
         duration_s=1.0,

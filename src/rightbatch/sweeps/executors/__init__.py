@@ -35,6 +35,10 @@ class Executor(Protocol):
     def threads(self) -> int | None:
         """Threads that a trial should compute with; none leaves it to torch."""
 
+    @property
+    def device(self) -> str | None:
+        """Device of a trial as its own process names it; none leaves it as the user named it."""
+
     def submit(self, function: Callable[[P], R], params: P) -> "Future[R]":
         """Run a function in a process of its own.
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import cloudpickle
 
 from rightbatch.engine.isolation import CRASHES, place_of_this_process, spawned
-from rightbatch.errors import IsolationError, RightbatchError, UserCodeError, WorkerKilledError
+from rightbatch.errors import IsolationError, RightbatchError, UsageError, UserCodeError, WorkerKilledError
 from rightbatch.sweeps.executors import ExecutorSetting
 
 P = TypeVar("P")
@@ -44,13 +44,27 @@ serve(connection)
 
 
 def open_executor(setting: ExecutorSetting) -> "LocalExecutor":
-    """Return an executor for this machine: a trial a GPU, or a few on the cores that this process may use."""
+    """Return an executor for this machine: a trial a GPU, or a few on the cores that this process may use.
+
+    Raises:
+        UsageError: The GPU that was named is not here.
+    """
     gpus = () if setting.device in {"cpu", "mps"} else visible_gpus()
     if gpus:
-        slots = gpus[: setting.jobs or len(gpus)] if setting.device in {"auto", "cuda"} else (setting.device.rpartition(":")[2],)
-        return LocalExecutor([{_VISIBLE: gpu} for gpu in slots])
+        if setting.device not in {"auto", "cuda"}:
+            return LocalExecutor([{_VISIBLE: _named(setting.device, gpus)}], device="cuda")  # its process sees this one alone
+        return LocalExecutor([{_VISIBLE: gpu} for gpu in gpus[: setting.jobs or len(gpus)]])
     cores = len(os.sched_getaffinity(0))
     return LocalExecutor([{}] * (setting.jobs or min(cores, MOST_SIDE_BY_SIDE)))
+
+
+def _named(device: str, gpus: Sequence[str]) -> str:
+    """The GPU that ``cuda:1`` means among those that this process sees, as the variable names it."""
+    number = device.rpartition(":")[2]
+    if not number.isdecimal() or int(number) >= len(gpus):
+        last = f" to cuda:{len(gpus) - 1}" if len(gpus) > 1 else ""
+        raise UsageError(f"--device must name a GPU of this machine; got {device}; use cuda:0{last}, or cpu.")
+    return gpus[int(number)]
 
 
 def visible_gpus(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
@@ -71,16 +85,18 @@ class LocalExecutor:
 
     Args:
         slots: Variables set for the process in each slot.
+        device: Device of a trial as its own process names it; none leaves it as the user named it.
 
     Raises:
         IsolationError: The template cannot be started.
     """
 
-    def __init__(self, slots: Sequence[Mapping[str, str]]) -> None:
+    def __init__(self, slots: Sequence[Mapping[str, str]], *, device: str | None = None) -> None:
         self._free: queue.SimpleQueue[Mapping[str, str]] = queue.SimpleQueue()
         for slot in slots:
             self._free.put(slot)
         self.slots = len(slots)
+        self.device = device
         self.threads: int | None = max(1, len(os.sched_getaffinity(0)) // len(slots))
         self._lock = threading.Lock()
         self._live: set[socket.socket] = set()

@@ -251,6 +251,7 @@ class RayExecutor:
     ) -> None:
         self.slots = placement.slots
         self.threads: int | None = max(1, placement.cpus)
+        self.device: str | None = None
         self._ray = ray
         self._remote = ray.remote(num_cpus=placement.cpus, num_gpus=placement.gpus, max_retries=0, max_calls=0)(run_there)
         self._pulse = _Pulse(head, clock_s)

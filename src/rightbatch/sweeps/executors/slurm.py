@@ -114,6 +114,7 @@ class SlurmExecutor:
     ) -> None:
         self.slots = placement.slots
         self.threads: int | None = max(1, placement.cpus)
+        self.device: str | None = None
         self._jobs = jobs
         self._folder = folder
         self._poll_s, self._ask_s = poll_s, ask_s
