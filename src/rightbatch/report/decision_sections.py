@@ -53,8 +53,11 @@ def why(findings: Findings) -> Section | None:
 
 
 def leading_advice(findings: Findings) -> int:
-    """Return how many sentences of advice stand right under the headline, because there is no clear answer yet."""
-    return min(1, len(findings.recommendation.advice)) if findings.recommendation.status in {"inconclusive", "nothing_fits"} else 0
+    """Return how many sentences of advice stand right under the headline, because there is no clear answer yet.
+
+    Where timings are unstable the first one says so and gives the reasons, which the headline's own sentences are.
+    """
+    return min(1, len(findings.recommendation.advice)) if findings.recommendation.status != "ok" else 0
 
 
 def advice(findings: Findings) -> Section | None:
