@@ -130,7 +130,8 @@ def _few_steps(workload: WorkloadSummary, plan: BatchPlan) -> str:
     steps = -(-workload.train_size // plan.global_batch_size)
     if steps >= FEW_STEPS:
         return ""
-    return f"An epoch is only {steps} steps at batch {plan.global_batch_size}: give schedules and warm-up in samples or steps, not epochs."
+    epoch = "1 step" if steps == 1 else f"{steps} steps"
+    return f"An epoch is only {epoch} at batch {plan.global_batch_size}: give schedules and warm-up in samples or steps, not epochs."
 
 
 def _ranks(plan: BatchPlan) -> str:
