@@ -432,7 +432,10 @@ def unstable() -> Findings:
             "reasons": ("Other processes keep 6.2 of 8 cores busy.", "Step times at 128 differ by 41 % between rounds."),
         }
     )
-    shaky = recommendation().model_copy(update={"status": "unstable", "expected_regret": None, "equivalent_batch_sizes": ()})
+    again = f"The timings are not reliable, so measure again on a quiet machine. {' '.join(busy.reasons)}"
+    shaky = recommendation().model_copy(
+        update={"status": "unstable", "expected_regret": None, "equivalent_batch_sizes": (), "advice": (again, *recommendation().advice)}
+    )
     return good().model_copy(update={"step_time": busy, "recommendation": shaky})
 
 

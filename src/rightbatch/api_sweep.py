@@ -93,7 +93,7 @@ def sweep(
         target: What every trial trains to: ``accuracy>=0.97``, with any name for the workload's metric, or ``loss<=0.1``.
         batches: Global batch sizes, or ``8..512`` by factors of two; ``None`` takes some around the plan.
         seeds: Trainings at the best rate of each size.
-        on: Where trials run: ``local``.
+        on: Where trials run: ``local``, ``ray``, ``ray:ADDRESS``, ``slurm`` or ``slurm:PARTITION``.
         jobs: Trials at once; ``None`` takes one a GPU, or up to four on the cores of a processor.
         max_samples: Most samples of a trial; ``None`` allows 100 epochs.
         budget: Time after which no trial goes on, such as ``30m``; ``None`` sets no end.

@@ -141,7 +141,7 @@ class SweepRunOptions:
     """Where trials run, and what is kept."""
 
     on: str = "local"
-    """Where trials run: local, in processes of this machine."""
+    """Where trials run: local, in processes of this machine; ray, ray:ADDRESS, slurm or slurm:PARTITION, on a cluster."""
     jobs: Annotated[Positive | None, Parameter(show_default=False)] = None
     """Trials at once; without it, one a GPU, or up to four on the cores of a processor."""
     device: str = "auto"

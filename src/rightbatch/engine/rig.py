@@ -213,7 +213,7 @@ class Rig:
         assert trainee.objective.loss is not None, "only called without a step"  # noqa: S101
         loss = trainee.objective.loss(trainee.model(*inputs), target)
         if not isinstance(loss, torch.Tensor):
-            raise WorkloadError(f"loss must return a tensor; got {type(loss).__name__}.")
+            raise WorkloadError(f"loss must return a tensor; got {type(loss).__name__}; return the loss itself, without .item().")
         return loss
 
 

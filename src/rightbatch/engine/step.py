@@ -14,6 +14,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from rightbatch.engine.data_parallel import DataParallel
 from rightbatch.engine.losses import PartLoss, Weight, part_loss, part_weight, unrecorded_weight
+from rightbatch.errors import WorkloadError
 from rightbatch.workload.ingredients import Batch, sample_count
 from rightbatch.workload.objective import Objective
 
@@ -219,6 +220,10 @@ def scaled(trainee: Trainee, loss: Tensor) -> Tensor:
 def _backward(trainee: Trainee, share: Tensor, weight: Weight) -> None:
     finds_unused = trainee.parallel is not None and trainee.parallel.finds_unused
     if isinstance(weight, Tensor) or weight > 0 or finds_unused:
+        if not share.requires_grad:
+            raise WorkloadError(
+                "a loss must have a gradient; got one that depends on no trained parameter; leave out .detach(), argmax and no_grad."
+            )
         scaled(trainee, share).backward()  # type: ignore[no-untyped-call]
     else:  # a mean over nothing is 0 / 0, and so may its derivative be: the gradient is zero
         parameters = trainee.parameters

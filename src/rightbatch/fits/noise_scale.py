@@ -310,7 +310,8 @@ def _remarks(estimate: Estimate, measurements: GradientNoiseMeasurements) -> lis
         )
     if measurements.batch_norm:
         size = measurements.snapshots[0].micro_batch_size
-        remarks.append(f"Batch normalisation couples samples: the noise scale is for normalisation over {size} samples at a time.")
+        over = "1 sample" if size == 1 else f"{size} samples"
+        remarks.append(f"Batch normalisation couples samples: the noise scale is for normalisation over {over} at a time.")
         if measurements.half_size is not None:
             remarks += filter(None, [_ghost_remark(measurements.snapshots[-1], measurements.half_size)])
     if measurements.pilot_samples == 0:

@@ -232,12 +232,7 @@ def _knee_is_certain(sizes: Sequence[int], estimates: Sequence[Estimate]) -> boo
 def _verdict(measurements: StepTimeMeasurements, points: Sequence[StepTimePoint], misses: FloatArray) -> tuple[Status, tuple[str, ...]]:
     if not points:
         return Status.INDETERMINATE, ("No size was timed.",)
-    reasons = list(measurements.contention.reasons)
-    for point in points:
-        rounds = np.asarray(point.step_times_s)
-        spread = float(np.median(np.abs(rounds - np.median(rounds))) / np.median(rounds))
-        if spread > UNSTABLE_SPREAD:
-            reasons.append(f"Rounds at batch {point.micro_batch_size} differ by {format_percent(spread)} (median absolute deviation).")
+    reasons = [*measurements.contention.reasons, *_disagreement(points)]
     worst = int(np.argmax(misses))
     inconsistent = float(misses[worst]) > INCONSISTENT_FIT
     status = Status.UNSTABLE if reasons else Status.INCONSISTENT if inconsistent else Status.OK
@@ -245,3 +240,18 @@ def _verdict(measurements: StepTimeMeasurements, points: Sequence[StepTimePoint]
         size, miss = points[worst].micro_batch_size, format_percent(float(misses[worst]))
         reasons.append(f"The fitted curve misses the step time at {size} by {miss}: trust the measured sizes, not the curve.")
     return status, tuple(reasons)
+
+
+def _disagreement(points: Sequence[StepTimePoint]) -> tuple[str, ...]:
+    """Say in one sentence at which sizes rounds disagree too much to be trusted, and by how much; nothing where they agree."""
+    spreads = {}
+    for point in points:
+        rounds = np.asarray(point.step_times_s)
+        spread = float(np.median(np.abs(rounds - np.median(rounds))) / np.median(rounds))
+        if spread > UNSTABLE_SPREAD:
+            spreads[point.micro_batch_size] = spread
+    if not spreads:
+        return ()
+    least, most = (format_percent(end(spreads.values())) for end in (min, max))
+    by = most if least == most else f"{least.removesuffix(' %')} to {most}"
+    return (f"Rounds differ by {by} (median absolute deviation) at batch {', '.join(str(size) for size in spreads)}.",)

@@ -27,7 +27,7 @@ class Context:
 
 def advise(context: Context) -> tuple[str, ...]:
     """Sentences in the order of their weight: what to measure next, then what to mind when training with the plan."""
-    sentences = [_next_measurement(context), *_about_measuring(context)]
+    sentences = [_unreliable(context), _next_measurement(context), _short_search(context)]
     if context.plan is not None:
         sentences += [
             _loader_limit(context, context.plan),
@@ -80,17 +80,16 @@ def _narrower(context: Context, noise: NoiseScale) -> str:
     return f"The critical batch size is only known to lie {span}; {remedy}."
 
 
-def _about_measuring(context: Context) -> list[str]:
-    sentences = []
-    if context.status == "unstable" and context.step_time is not None:
-        sentences.append(
-            f"The timings are not reliable, so measure again on a quiet machine. {' '.join(context.step_time.reasons)}".strip()
-        )
-    if context.memory is not None and context.memory.stopped_by == "budget":
-        sentences.append(
-            f"The budget ended the search for the ceiling at {context.memory.ceiling}: a larger --budget may find a larger one."
-        )
-    return sentences
+def _unreliable(context: Context) -> str:
+    if context.status != "unstable" or context.step_time is None:
+        return ""
+    return f"The timings are not reliable, so measure again on a quiet machine. {' '.join(context.step_time.reasons)}".strip()
+
+
+def _short_search(context: Context) -> str:
+    if context.memory is None or context.memory.stopped_by != "budget":
+        return ""
+    return f"The budget ended the search for the ceiling at {context.memory.ceiling}: a larger --budget may find a larger one."
 
 
 def _loader_limit(context: Context, plan: BatchPlan) -> str:
@@ -131,7 +130,8 @@ def _few_steps(workload: WorkloadSummary, plan: BatchPlan) -> str:
     steps = -(-workload.train_size // plan.global_batch_size)
     if steps >= FEW_STEPS:
         return ""
-    return f"An epoch is only {steps} steps at batch {plan.global_batch_size}: give schedules and warm-up in samples or steps, not epochs."
+    epoch = "1 step" if steps == 1 else f"{steps} steps"
+    return f"An epoch is only {epoch} at batch {plan.global_batch_size}: give schedules and warm-up in samples or steps, not epochs."
 
 
 def _ranks(plan: BatchPlan) -> str:

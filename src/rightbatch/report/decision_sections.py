@@ -53,8 +53,16 @@ def why(findings: Findings) -> Section | None:
 
 
 def leading_advice(findings: Findings) -> int:
-    """Return how many sentences of advice stand right under the headline, because there is no clear answer yet."""
-    return min(1, len(findings.recommendation.advice)) if findings.recommendation.status in {"inconclusive", "nothing_fits"} else 0
+    """Return how many sentences of advice stand right under the headline, because there is no clear answer yet.
+
+    Where timings are unstable the first one says so, and gives the reasons that stand there anyway; the second one stands there too if it
+    says why there is no noise scale, such as a loss that is not finite.
+    """
+    recommendation = findings.recommendation
+    if recommendation.status == "ok":
+        return 0
+    without_noise = findings.noise_scale is not None and recommendation.evidence_level == 0
+    return min(2 if recommendation.status == "unstable" and without_noise else 1, len(recommendation.advice))
 
 
 def advice(findings: Findings) -> Section | None:

@@ -16,6 +16,7 @@ from plotly.offline import get_plotlyjs
 from rightbatch.records.plan import Findings
 from rightbatch.report import charts
 from rightbatch.report.document import Verdict
+from rightbatch.report.phrases import held_together
 from rightbatch.report.verdict import build_verdict
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -85,6 +86,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        finalize=lambda value: held_together(value) if type(value) is str else value,  # Markup is done already
     )
 
 

@@ -32,7 +32,7 @@ def _coupling(plan: BatchPlan, lr: LrCoupling) -> list[str]:
     if plan.lr is None:
         sentences.append("The workload names no learning rate tuned at a known batch size, so none is given here.")
     elif lr.base_lr is not None and lr.base_batch_size is not None:
-        rule = "" if lr.rule == "none" else f", by the {lr.rule} rule"
+        rule = "" if lr.rule == "none" or lr.factor == 1 else f", by the {lr.rule} rule"
         factor = "the" if lr.factor == 1 else f"{number(lr.factor)} times the"
         how = "that the range test found" if lr.base_is_tested else "tuned"
         sentences.append(f"{number(plan.lr)} is {factor} rate {how} at {lr.base_batch_size} ({number(lr.base_lr)}){rule}.")

@@ -118,7 +118,8 @@ def speed(findings: Findings) -> Section | None:
     curve = findings.step_time
     if curve is None:
         return None
-    sentences = [plain(reason) for reason in curve.reasons]
+    stands_above = findings.recommendation.status == "unstable"
+    sentences = [] if stands_above else [plain(reason) for reason in curve.reasons]
     sentences.extend(_knee_sentences(curve))
     if curve.fixed_time_s is not None and curve.saturated_samples_per_s is not None:
         fixed, rate = format_duration_s(curve.fixed_time_s), number(curve.saturated_samples_per_s)

@@ -1,5 +1,6 @@
 """How the report words numbers, intervals, lists and names that others chose."""
 
+import re
 import unicodedata
 from collections.abc import Callable, Sequence
 
@@ -8,6 +9,7 @@ from rightbatch.units import format_number, format_percent
 
 _TIMES_FROM = 4.0
 """Ratios from here on are written as multiples, because +660 % is hard to picture."""
+_BEFORE_UNIT = re.compile(r"(?<=\d) (?=%|(?:B|KiB|MiB|GiB|TiB|us|ms|s|min|h)\b)")
 
 
 def plain(text: str) -> str:
@@ -70,3 +72,8 @@ def split(micro_batch_size: int, accumulation_steps: int, world_size: int = 1) -
     """Write how a global batch is cut: ``128 x 4``, ``128 x 4 x 2 ranks``."""
     ranks = f" x {world_size} ranks" if world_size > 1 else ""
     return f"{micro_batch_size} x {accumulation_steps}{ranks}"
+
+
+def held_together(text: str, space: str = "\N{NO-BREAK SPACE}") -> str:
+    """Return words with another space between each number and its unit, one at which no line is broken."""
+    return _BEFORE_UNIT.sub(space, text)

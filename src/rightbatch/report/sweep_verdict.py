@@ -1,6 +1,6 @@
 """All the words of a sweep's report, made once from its result; the terminal and the page only lay them out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rightbatch.records.estimates import Estimate, Status
 from rightbatch.records.sweep import SweepPoint, SweepResult, TrialStatus
@@ -75,10 +75,12 @@ def _key_numbers(result: SweepResult) -> tuple[KeyNumber, ...]:
     keys = [
         KeyNumber(label="fastest size", value=str(best.global_batch_size), note=f"at learning rate {number(best.lr or 0.0)}"),
         KeyNumber(
-            label="time to the target", value=format_duration_s(best.seconds.value or 0.0), note=f"{_interval(best.seconds)}, {clock}"
+            label="time to the target",
+            value=format_duration_s(best.seconds.value or 0.0),
+            note=f"{_interval(best.seconds, format_duration_s)}, {clock}",
         ),
         KeyNumber(label="critical batch size", value=_critical_words(result), note=_interval(result.critical_batch_size)),
-        KeyNumber(label="trained", value=f"{number(result.samples_trained)} samples", note=f"{_share(result)} of the full grid"),
+        KeyNumber(label="samples trained", value=number(result.samples_trained), note=f"{_share(result)} of the full grid"),
     ]
     if result.plan is not None and result.plan.regret.value is not None:
         regret = result.plan.regret
@@ -95,11 +97,11 @@ def _critical_words(result: SweepResult) -> str:
     return number(critical.value)
 
 
-def _interval(value: Estimate) -> str:
+def _interval(value: Estimate, write: Callable[[float], str] = number) -> str:
     if value.low is None and value.high is None:
         return "no interval"
-    low = "0" if not value.low else number(value.low)
-    return f"95 % from {low}" + ("" if value.high is None else f" to {number(value.high)}")
+    low = "0" if not value.low else write(value.low)
+    return f"95 % from {low}" + ("" if value.high is None else f" to {write(value.high)}")
 
 
 def _share(result: SweepResult) -> str:
@@ -108,7 +110,7 @@ def _share(result: SweepResult) -> str:
 
 def _sizes(result: SweepResult) -> Section:
     clock = (
-        "Seconds are steps times the step time that find measured alone."
+        "Seconds are steps times the step time that rightbatch find measured alone."
         if result.time_source == "alone"
         else "Seconds are those of trials that ran side by side and shared the machine; after rightbatch find of the same workload, a "
         "repeated sweep command takes step times that were measured alone."
@@ -228,9 +230,8 @@ def _plan(result: SweepResult) -> Section | None:
         if plan.regret.low is None or plan.regret.high is None
         else (f" [{signed_percent(plan.regret.low)}, {signed_percent(plan.regret.high)}]")
     )
-    sentences = [
-        f"The plan of find is batch {plan.global_batch_size}{between}: {signed_percent(plan.regret.value)}{interval} time to the target."
-    ]
+    cost = f"{signed_percent(plan.regret.value)}{interval} time to the target"
+    sentences = [f"The plan of rightbatch find is batch {plan.global_batch_size}{between}: {cost}."]
     if plan.lr is not None and plan.lr_over_best is not None:
         sentences.append(f"Its learning rate, {number(plan.lr)}, is {number(plan.lr_over_best)} times the tuned one.")
     return Section(key="practice", title="The plan", sentences=tuple(sentences))

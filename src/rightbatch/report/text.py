@@ -10,12 +10,15 @@ from rich.text import Text
 
 from rightbatch.records.plan import Findings
 from rightbatch.report.document import Section, SizeRow, Table, Verdict, VerdictStatus
+from rightbatch.report.phrases import held_together
 from rightbatch.report.verdict import build_verdict
 
 _STATUS_STYLE: dict[VerdictStatus, str] = {"ok": "green", "inconclusive": "yellow", "unstable": "red", "nothing_fits": "red"}
 _MARKS = {"chosen": "▶", "equivalent": "≈", "": " "}
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _BAR_CELLS = 16
+_UNBROKEN = "\ue000"
+"""Stands for a space while lines are broken, since rich breaks them at no-break spaces too; of private use, so no words have it."""
 
 
 def render_text(findings: Findings, *, width: int = 80, colour: bool, now: datetime | None = None) -> str:
@@ -44,12 +47,7 @@ def render_verdict(verdict: Verdict, *, width: int, colour: bool) -> str:
     )  # fmt: skip
     with console.capture() as capture:
         console.print(_laid_out(verdict))
-    return "\n".join(line.rstrip() for line in capture.get().splitlines()).rstrip() + "\n"
-
-
-def build(findings: Findings, *, now: datetime | None = None) -> RenderableType:
-    """Return the report as a rich renderable."""
-    return _laid_out(build_verdict(findings, now=now))
+    return "\n".join(line.rstrip() for line in capture.get().replace(_UNBROKEN, " ").splitlines()).rstrip() + "\n"
 
 
 def _laid_out(verdict: Verdict) -> RenderableType:
@@ -61,11 +59,15 @@ def _laid_out(verdict: Verdict) -> RenderableType:
 
 def _answer(verdict: Verdict) -> RenderableType:
     style = _STATUS_STYLE[verdict.status]
-    lines = [Text(part, style=f"bold {style}" if place == 0 else "") for place, part in enumerate(_broken(verdict.answer))]
+    lines = [_words(part, style=f"bold {style}" if place == 0 else "") for place, part in enumerate(_broken(verdict.answer))]
     lines.append(Text(""))
-    lines.append(Text(verdict.headline))
-    lines.extend(Text(sentence) for sentence in verdict.lead)
+    lines.append(_words(verdict.headline))
+    lines.extend(_words(sentence) for sentence in verdict.lead)
     return Group(*lines)
+
+
+def _words(text: str, style: str = "") -> Text:
+    return Text(held_together(text, _UNBROKEN), style=style)
 
 
 def _broken(answer: str) -> tuple[str, ...]:
@@ -75,7 +77,7 @@ def _broken(answer: str) -> tuple[str, ...]:
 
 
 def _body(section: Section, verdict: Verdict) -> list[RenderableType]:
-    parts: list[RenderableType] = [Padding(Text(sentence), (0, 0, 0, 2)) for sentence in section.sentences]
+    parts: list[RenderableType] = [Padding(_words(sentence), (0, 0, 0, 2)) for sentence in section.sentences]
     parts.extend(_item(item) for item in section.items)
     if section.key == "sizes" and verdict.sizes:
         parts.append(_size_table(verdict.sizes))
@@ -89,7 +91,7 @@ def _body(section: Section, verdict: Verdict) -> list[RenderableType]:
 
 def _item(text: str) -> RenderableType:
     grid = RichTable.grid(padding=(0, 1, 0, 0))
-    grid.add_row(Text("  -"), Text(text, overflow="fold"))
+    grid.add_row(Text("  -"), _words(text))
     return grid
 
 
@@ -98,7 +100,7 @@ def _table(table: Table) -> RenderableType:
     for heading in table.header:
         grid.add_column(Text(heading, style="dim"), overflow="fold")
     for row in table.rows:
-        grid.add_row(*(Text(cell, style="dim" if place == 0 and len(row) == 2 else "") for place, cell in enumerate(row)))
+        grid.add_row(*(_words(cell, style="dim" if place == 0 and len(row) == 2 else "") for place, cell in enumerate(row)))
     return Padding(grid, (0, 0, 0, 2))
 
 

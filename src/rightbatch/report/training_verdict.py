@@ -184,7 +184,7 @@ def _batch(result: TrainingResult) -> Section:
     rows = tuple((str(samples), str(size)) for samples, size in evenly(changes, MOST_ROWS))
     tables = (Table(caption="Sizes", header=("from sample", "batch"), rows=rows, behind_chart=True),) if len(rows) > 1 else ()
     if len(changes) > 1:
-        times = f"{len(changes) - 1} time{'s' if len(changes) > 2 else ''}"
+        times = "once" if len(changes) == 2 else f"{len(changes) - 1} times"
         sentences.append(f"The size changed {times}, from {changes[0][1]} to {changes[-1][1]}.")
     if result.out_of_memory:
         times = f"{result.out_of_memory} step{'s' if result.out_of_memory > 1 else ''}"
@@ -229,8 +229,8 @@ def _events(lines: Sequence[LogLine]) -> Section | None:
     events = [line for line in lines if isinstance(line, EventLine)]
     shown = [line for line in events if line.event is not LogEvent.CHECKPOINT]
     checkpoints = len(events) - len(shown)
-    words = f"{checkpoints} checkpoint{'' if checkpoints == 1 else 's'} {'was' if checkpoints == 1 else 'were'} written."
-    sentences = [words[0].upper() + words[1:]]
+    written = {0: "No checkpoint was written.", 1: "One checkpoint was written."}
+    sentences = [written.get(checkpoints, f"{checkpoints} checkpoints were written.")]
     if len(shown) > _SHOWN_EVENTS:
         sentences.append(f"The last {_SHOWN_EVENTS} of {len(shown)} other events:")
     rows = tuple((str(line.samples), line.event.value, plain(line.detail)) for line in shown[-_SHOWN_EVENTS:])

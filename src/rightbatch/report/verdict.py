@@ -4,7 +4,7 @@ from dataclasses import replace
 from datetime import datetime
 
 from rightbatch.records.estimates import MemoryCurve, NoiseScale, Status, ThroughputPoint, TradeoffPoint
-from rightbatch.records.plan import BatchPlan, Findings, LrCoupling, Recommendation
+from rightbatch.records.plan import BatchPlan, Findings, Recommendation
 from rightbatch.report import branch_section, decision_sections, device_section, lr_section, measured_sections
 from rightbatch.report.document import KeyNumber, Section, SizeRow, Verdict
 from rightbatch.report.phrases import estimate, listed, number, percent, plain, split
@@ -47,7 +47,7 @@ def answer_line(findings: Findings) -> str:
             else ""
         )
         return f"nothing fits{need}"
-    parts = [_plan_words(recommendation.plan, recommendation.lr)] if recommendation.plan else []
+    parts = [_plan_words(recommendation.plan, findings)] if recommendation.plan else []
     if memory is not None and memory.ceiling is not None:
         parts.append(f"ceiling {_ceiling(memory)}")
     if speed is not None and speed.knee is not None:
@@ -80,20 +80,26 @@ def headline(findings: Findings) -> str:
     return f"Train with {size}{_split_words(plan)}{_lr_words(plan)}."
 
 
-def _plan_words(plan: BatchPlan, lr: LrCoupling) -> str:
+def _plan_words(plan: BatchPlan, findings: Findings) -> str:
     factors = [f"micro {plan.micro_batch_size}"] if plan.accumulation_steps * plan.world_size > 1 else []
     factors += [f"accumulate {plan.accumulation_steps}"] if plan.accumulation_steps > 1 else []
     factors += [f"ranks {plan.world_size}"] if plan.world_size > 1 else []
     text = f"batch {plan.global_batch_size}" + (f" = {' x '.join(factors)}" if factors else "")
     if plan.lr is None:
         return text
-    return f"{text}, lr {number(plan.lr)}{_lr_origin(plan, lr)}"
+    origin = _lr_origin(plan, findings)
+    return f"{text}, lr {number(plan.lr)}" + (f" ({origin})" if origin else "")
 
 
-def _lr_origin(plan: BatchPlan, lr: LrCoupling) -> str:
-    if lr.base_lr is None or lr.base_batch_size in {None, plan.global_batch_size}:
+def _lr_origin(plan: BatchPlan, findings: Findings) -> str:
+    """Say which rate it was scaled from, and whether that one comes from a range test, and with whose optimizer."""
+    lr, workload = findings.recommendation.lr, findings.workload
+    if lr.base_lr is None:
         return ""
-    return f" (from {number(lr.base_lr)} @ {lr.base_batch_size}{', tested' if lr.base_is_tested else ''})"
+    parts = [] if lr.base_batch_size in {None, plan.global_batch_size} else [f"from {number(lr.base_lr)} @ {lr.base_batch_size}"]
+    if lr.base_is_tested:
+        parts.append("tested" if workload.optimizer_given else f"tested with {plain(workload.optimizer)}")
+    return ", ".join(parts)
 
 
 def _split_words(plan: BatchPlan) -> str:
@@ -137,7 +143,7 @@ def _lead(findings: Findings) -> tuple[str, ...]:
         return ("Speed and gradient noise were not measured, so this is a bound and no recommendation.", *next_step)
     if recommendation.status == "unstable":
         reasons = tuple(plain(reason) for reason in findings.step_time.reasons) if findings.step_time else ()
-        return (*reasons, "Free the machine, then measure again with --fresh.")
+        return (*next_step[1:], *reasons, "Free the machine, then measure again with --fresh.")
     if recommendation.status == "inconclusive":
         return next_step or ("Measure longer with a larger --budget to decide.",)
     return _lead_ok(recommendation)
@@ -171,7 +177,7 @@ def _key_numbers(findings: Findings) -> tuple[KeyNumber, ...]:
         note = "in one piece" if whole else "= " + split(plan.micro_batch_size, plan.accumulation_steps, plan.world_size)
         keys.append(KeyNumber(label="batch size", value=str(plan.global_batch_size), note=note))
     if plan is not None and plan.lr is not None:
-        keys.append(KeyNumber(label="learning rate", value=number(plan.lr), note=_lr_origin(plan, recommendation.lr).strip(" ()")))
+        keys.append(KeyNumber(label="learning rate", value=number(plan.lr), note=_lr_origin(plan, findings)))
     if memory is not None and memory.ceiling is not None:
         limit = f"micro-batch in {format_bytes(memory.limit.limit_bytes)}"
         keys.append(KeyNumber(label="memory ceiling", value=_ceiling(memory), note=limit))

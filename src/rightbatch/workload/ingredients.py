@@ -94,6 +94,11 @@ class Workload:
         check_dataset("train", self.train)
         if self.valid is not None:
             check_dataset("valid", self.valid)
+        if isinstance(self.optimizer, torch.optim.Optimizer):
+            raise WorkloadError(
+                f"optimizer must be a function that makes one, as measurements start from fresh weights; got an {_kind(self.optimizer)}; "
+                f"give optimizer=lambda params: torch.optim.{_kind(self.optimizer)}(params, ...)."
+            )
         for field in ("optimizer", "collate_fn", "metric", "average", "scheduler", "loss_weight"):
             value = getattr(self, field)
             if value is not None and not callable(value):
@@ -109,6 +114,9 @@ class Workload:
             raise WorkloadError("a workload takes either loss or step; got both; drop loss, since step computes its own.")
         if self.loss_weight is not None and self.loss is None:
             raise WorkloadError("loss_weight says what loss is a mean over; got it beside a step, which returns its count itself; drop it.")
+        if isinstance(self.loss, type):
+            name = self.loss.__name__
+            raise WorkloadError(f"loss must be a function or a module; got the class {name}; make one of it: loss={name}().")
         for field, value in (("loss", self.loss), ("step", self.step)):
             if value is not None and not callable(value):
                 raise WorkloadError(f"{field} must be callable; got {_kind(value)}; see help(rightbatch.Workload).")

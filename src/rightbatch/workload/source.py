@@ -115,10 +115,12 @@ class WorkloadSource:
                 raise UsageError(f"{self.spec} is a Workload and takes no arguments; got {' '.join(self.arguments)!r} after --; drop it.")
             return found
         if not callable(found):
-            raise WorkloadError(f"{self.spec} must be a Workload or a function that returns one; got {_kind(found)}.")
+            raise WorkloadError(f"{self.spec} must be a Workload or a function that returns one; got {_kind(found)}; name another.")
         made = self._call(found)
         if not isinstance(made, Workload):
-            raise WorkloadError(f"{self.spec} must return a rightbatch.Workload; it returned {_kind(made)}.")
+            raise WorkloadError(
+                f"{self.spec} must return a rightbatch.Workload; it returned {_kind(made)}; end it with: return rightbatch.Workload(...)."
+            )
         return made
 
     def help_text(self) -> str:
@@ -320,6 +322,8 @@ def _digest(path: Path) -> str:
 
 
 def _kind(value: object) -> str:
+    if value is None:
+        return "None"
     if inspect.ismodule(value):
         return f"the module {value.__name__}"
     return f"an object of the type {type(value).__module__}.{type(value).__qualname__}"

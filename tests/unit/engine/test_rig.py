@@ -66,7 +66,7 @@ def test_without_an_optimizer_an_adam_stands_in_and_no_rate_is_the_users():
             "needs a parameter that requires a gradient; the model has none; is it frozen",
         ),
         ({"optimizer": list}, r"must build a torch\.optim\.Optimizer; it returned list"),
-        ({"loss": lambda output, target: 1.0}, "loss must return a tensor; got float"),
+        ({"loss": lambda output, target: 1.0}, r"loss must return a tensor; got float; return the loss itself, without \.item\(\)"),
     ],
 )
 def test_a_workload_that_does_not_hold_what_it_promises_is_refused(changes, message):

@@ -210,6 +210,7 @@ def failing_step(step):
         (failing_loss(lambda o: 1.5), "loss must be a tensor; got float; return a mean loss or per-sample losses"),
         (failing_loss(lambda o: None), "loss must be a tensor; got NoneType; return"),
         (failing_loss(lambda o: {"loss": o.mean()}), "loss must be a tensor; got dict; return"),
+        (failing_loss(lambda o: o.mean().detach()), "must have a gradient; got one that depends on no trained parameter; leave out"),
         (failing_step(lambda o: (o, 4)), "loss must be a tensor; got tuple; return"),
         (failing_step(lambda o: (o.mean(), -1)), "a count of at least 0; got -1; return what the mean is over"),
     ],

@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 
@@ -80,7 +82,18 @@ def test_rounds_that_disagree_are_unstable():
     curve = fit_step_time(timed({8: 0.01, 16: 0.02}, jitter=0.8, seed=1))
 
     assert curve.status is Status.UNSTABLE
-    assert "Rounds at batch" in curve.reasons[0]
+    (reason,) = curve.reasons
+    assert re.fullmatch(r"Rounds differ by \d+ to \d+ % \(median absolute deviation\) at batch 8, 16\.", reason)
+
+
+def test_one_size_at_which_rounds_disagree_is_named_alone():
+    steady = timed({8: 0.01, 16: 0.02})
+    first, second = steady.points
+    shaky = second.model_copy(update={"step_times_s": (0.01, 0.02, 0.03, 0.04, 0.05)})
+
+    (reason, *_) = fit_step_time(steady.model_copy(update={"points": (first, shaky)})).reasons
+
+    assert reason == "Rounds differ by 33 % (median absolute deviation) at batch 16."
 
 
 def test_law_that_misses_leaves_the_knee():

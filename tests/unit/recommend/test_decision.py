@@ -201,6 +201,16 @@ def test_unstable_timings_keep_the_plan():
     assert any("Load average 8" in sentence for sentence in answer.advice)
 
 
+def test_unstable_timings_are_the_first_advice():
+    busy = QUIET.model_copy(update={"reasons": ("Load average 8 on 4 cores.",)})
+    curve = fit_step_time(timed({b: law_s(b, 0.02, 8000.0) for b in SIZES}, contention=busy))
+
+    answer = _recommend(step_time=curve, noise_scale=noise(status=Status.INDETERMINATE))
+
+    assert answer.advice[0].startswith("The timings are not reliable")
+    assert answer.advice[1].startswith("The plan rests on speed alone")
+
+
 def test_nothing_fits_has_no_plan():
     answer = _recommend(memory=memory(None, status=Status.NOTHING_FITS))
 

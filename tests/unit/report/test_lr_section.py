@@ -16,6 +16,25 @@ def test_tested_rate_is_told_from_a_tuned_one():
     assert "lr 1.2 (from 0.2 @ 64, tested)" in answer_line(untuned())
 
 
+def _chosen_at(size, **workload):
+    """A tested rate that is used at the very size of its test."""
+    findings = untuned()
+    plan = findings.recommendation.plan.model_copy(update={"global_batch_size": size, "micro_batch_size": size, "accumulation_steps": 1})
+    lr = findings.recommendation.lr.model_copy(update={"base_batch_size": size, "factor": 1.0})
+    recommendation = findings.recommendation.model_copy(update={"plan": plan, "lr": lr})
+    work = findings.workload.model_copy(update=workload)
+    return findings.model_copy(update={"recommendation": recommendation, "workload": work})
+
+
+def test_a_rate_used_where_it_was_tested_is_still_told_from_a_tuned_one():
+    assert "lr 1.2 (tested)" in answer_line(_chosen_at(64))
+    assert "range test found at 64 (0.2)." in _said(_chosen_at(64))
+
+
+def test_the_answer_names_the_optimizer_that_stood_in():
+    assert "lr 1.2 (tested with Adam)" in answer_line(_chosen_at(64, optimizer_given=False, optimizer="Adam"))
+
+
 def test_range_test_is_given_with_its_interval_its_edge_and_its_bias():
     said = _said(untuned())
     assert "Range test at batch 64 with SGD: 0.2 [0.0707, 0.283] from 76800 samples of short runs; the loss diverges at 0.8." in said

@@ -43,6 +43,23 @@ def test_no_line_is_longer_than_the_terminal(name: str, width: int) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_no_line_is_broken_between_a_number_and_its_unit(name: str, width: int) -> None:
+    text = render_text(samples.ALL[name](), width=width, colour=False)
+
+    assert not re.search(r"\d\n\s*(%|(B|KiB|MiB|GiB|us|ms|s|min|h)\b)", text)
+
+
+def test_a_page_holds_numbers_and_units_together() -> None:
+    assert "5\N{NO-BREAK SPACE}%" in page_of("good")
+
+
+def test_the_reasons_of_unsteady_timings_are_said_once() -> None:
+    for report in (text_of("unstable"), page_of("unstable")):
+        assert report.count("Other processes keep 6.2 of 8 cores busy.") == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_text_without_colour_has_no_control_characters(name: str) -> None:
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f\u202a-\u202e]", text_of(name))
 

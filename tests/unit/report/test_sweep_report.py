@@ -81,8 +81,14 @@ def test_whether_seconds_were_measured_alone_is_said() -> None:
 def test_the_plan_is_judged_by_its_regret_and_its_rate() -> None:
     first, second = section(samples.good(), "practice").sentences
 
-    assert first.startswith("The plan of find is batch 96, between two sizes that were trained: ")
+    assert first.startswith("The plan of rightbatch find is batch 96, between two sizes that were trained: ")
     assert "times the tuned one" in second
+
+
+def test_the_interval_of_the_time_has_the_units_of_the_time() -> None:
+    (note,) = [key.note for key in build_sweep_verdict(samples.good()).key_numbers if key.label == "time to the target"]
+
+    assert re.fullmatch(r"95 % from \d+ ms to \d+ ms, steps timed alone", note)
 
 
 def test_a_target_that_nothing_reached_says_what_was_reached() -> None:

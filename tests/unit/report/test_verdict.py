@@ -86,6 +86,18 @@ def test_a_result_that_is_no_clear_answer_says_what_to_do_next(sample) -> None:
     assert any(word in lead for word in ("--budget", "--fresh", "Raise the limit", "no recommendation"))
 
 
+def test_a_loss_that_is_not_finite_stands_above_unsteady_timings() -> None:
+    findings = samples.unstable()
+    why = "The plan rests on speed alone, because the gradient noise was not determined. The loss or a gradient is not finite."
+    recommendation = findings.recommendation
+    without_noise = recommendation.model_copy(update={"evidence_level": 0, "advice": (recommendation.advice[0], why)})
+
+    verdict = build_verdict(findings.model_copy(update={"recommendation": without_noise}))
+
+    assert verdict.lead[0] == why
+    assert "advice" not in {each.key for each in verdict.sections}
+
+
 def test_parts_that_were_not_measured_are_named_and_have_no_section() -> None:
     verdict = build_verdict(samples.memory_only())
 

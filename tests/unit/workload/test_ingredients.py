@@ -65,7 +65,15 @@ def test_a_sound_workload_is_accepted(changes):
         ({"step": lambda model, batch: None}, "takes either loss or step; got both; drop loss"),
         ({"loss": 0.5}, r"loss must be callable; got float; see help\(rightbatch\.Workload\)"),
         ({"loss": None, "step": "step"}, r"step must be callable; got str; see help"),
+        (
+            {"loss": nn.CrossEntropyLoss},
+            r"loss must be a function or a module; got the class CrossEntropyLoss; .* loss=CrossEntropyLoss\(\)",
+        ),
         ({"optimizer": "sgd"}, "optimizer must be callable; got str"),
+        (
+            {"optimizer": sgd(nn.Linear(1, 1).parameters())},
+            r"optimizer must be a function .*; got an SGD; give optimizer=lambda params: .*SGD",
+        ),
         ({"collate_fn": 1}, "collate_fn must be callable; got int"),
         ({"metric": 0.9}, "metric must be callable; got float"),
         ({"train": []}, "train must hold at least one sample; got an empty list; check its path and its filters"),

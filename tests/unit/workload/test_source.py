@@ -135,7 +135,8 @@ def test_check_finds_a_missing_file_without_importing() -> None:
     [
         ("it = 3\n", r"t\.py:it must be a Workload or a function that returns one; got an object of the type builtins\.int"),
         ("def it(): return 'net'\n", r"t\.py:it must return a rightbatch\.Workload; it returned an object of the type builtins\.str"),
-        ("import math as it\n", r"got the module math"),
+        ("import math as it\n", r"got the module math; name another"),
+        ("def it(): pass\n", r"it returned None; end it with: return rightbatch\.Workload"),
     ],
 )
 def test_what_is_no_workload_is_named_by_its_type(body: str, message: str) -> None:
