@@ -65,7 +65,8 @@ class _Asked:
     @property
     def out(self) -> Path:
         """The folder: the same for every plan, so that ``--resume`` finds it without one."""
-        from rightbatch.tuner.kept import RUNS_FOLDER, digest
+        from rightbatch.records.folder import RUNS_FOLDER
+        from rightbatch.tuner.kept import digest
 
         return self.wanted.out or RUNS_FOLDER / f"train-{self.source.name}-{digest(self.source.spec, *self.source.arguments)[:8]}"
 

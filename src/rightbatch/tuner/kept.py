@@ -14,6 +14,7 @@ from rightbatch._version import __version__
 from rightbatch.errors import RunFolderError
 from rightbatch.fits.swept import evidence_of
 from rightbatch.records.environment import Environment
+from rightbatch.records.folder import RUNS_FOLDER
 from rightbatch.records.measurements import Measurements
 from rightbatch.records.plan import Findings
 from rightbatch.records.record import Record
@@ -23,7 +24,6 @@ from rightbatch.records.training import SweepEvidence
 from rightbatch.tuner.request import Part, Request, Source, parts_of
 
 WORKLOAD, SWEPT = "workload", "swept"
-RUNS_FOLDER = Path("rightbatch-runs")
 ORDER = (Part.MEMORY, Part.STEP_TIME, Part.LOADER, Part.LR_RANGE, Part.GRADIENT_NOISE, Part.BRANCHES)
 
 

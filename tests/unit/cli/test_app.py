@@ -190,9 +190,9 @@ USAGE_ERRORS = {
     "See `rightbatch memory --help`.",
     "find train.py": "train.py does not say which function makes the workload; did you mean train.py:workload?",
     "find trian.py:workload": "there is no file trian.py; did you mean train.py?",
-    "show": "show needs a run folder, or --schema; give the folder that `rightbatch find` named, below rightbatch-runs by default.",
+    "show": "show needs a run folder, or --schema; got neither; give the folder that a command named at its end.",
     "show nowhere": "there is no run folder nowhere; `rightbatch find` says where it puts one (rightbatch-runs by default).",
-    "report": "report needs at least one run folder; give the folder that `rightbatch find` named, below rightbatch-runs by default.",
+    "report": "report needs at least one run folder; got none; give the folder that a command named at its end.",
     "report a b -o c.html": "--output names one file for one run; got 2 runs; leave it out to write report.html in each run folder.",
 }
 
@@ -247,6 +247,12 @@ def test_interrupted_run_says_how_to_continue(tuner, capsys) -> None:
     assert main(["find", WORKLOAD, "--quiet"]) == 130
     expected = "rightbatch: interrupted; measured so far: memory. Continue with: rightbatch find train.py:workload\n"
     assert capsys.readouterr().err == expected
+
+
+def test_a_run_that_goes_on_after_an_interrupt_is_not_begun_afresh(tuner) -> None:
+    assert main(["find", WORKLOAD, "--fresh", "--quiet", "--", "--name", "--fresh"]) == 0
+    assert tuner.request.fresh
+    assert tuner.command == ("rightbatch", "find", WORKLOAD, "--quiet", "--", "--name", "--fresh")
 
 
 def test_bare_interrupt_says_how_to_continue(tuner, capsys) -> None:

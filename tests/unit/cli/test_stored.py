@@ -1,6 +1,7 @@
 """show and report read a run folder and judge it again."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,31 @@ def test_show_and_report_need_no_torch(run) -> None:
         done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (0, "")
         assert expected in done.stdout
+
+
+@pytest.mark.parametrize("command", ["show", "report"])
+def test_a_folder_of_runs_names_the_latest_of_them(run, capsys, command: str) -> None:
+    older = RunFolder.create(Path("runs/older"))
+    older.write_manifest(run.read_manifest())
+    os.utime("runs/older", (1, 1))
+
+    assert main([command, "runs"]) == 2
+    assert (
+        capsys.readouterr().err == "rightbatch: a run is one folder; runs holds several; give one of them, such as the latest, runs/one.\n"
+    )
+
+
+@pytest.mark.parametrize("command", ["show", "report"])
+def test_a_forgotten_folder_is_answered_with_the_latest_one(run, capsys, command: str) -> None:
+    Path("runs").rename("rightbatch-runs")
+
+    assert main([command]) == 2
+    assert capsys.readouterr().err.endswith("give one of them, such as the latest, rightbatch-runs/one.\n")
+
+
+def test_the_report_goes_where_out_says_too(run, capsys) -> None:
+    assert main(["report", "runs/one", "--out", "page.html"]) == 0
+    assert Path("page.html").read_text() == "<!doctype html>"
 
 
 def test_show_leaves_the_folder_as_it_was(run) -> None:
