@@ -1,6 +1,7 @@
 """The commands that read the folder of a run, a training or a sweep: show and report. They work without torch and without the device."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -150,9 +151,12 @@ def read_sweep(run: Path) -> "SweepResult":
     Raises:
         RunFolderError: The folder cannot be read, or the sweep has not come to a result.
     """
-    result = SweepFolder.open(run).read_result()
+    folder = SweepFolder.open(run)
+    result, manifest = folder.read_result(), folder.read_manifest()
     if result is None:
-        raise RunFolderError(f"the sweep in {run} has not come to a result yet; repeat the command that began it.")
+        command = "" if manifest is None else shlex.join(manifest.command)
+        again = f": {command}" if command else "."
+        raise RunFolderError(f"the sweep in {run} has not come to a result yet; repeat the command that began it{again}")
     return result
 
 
