@@ -90,12 +90,14 @@ def _plan_words(plan: BatchPlan, findings: Findings) -> str:
 
 
 def _lr_origin(plan: BatchPlan, findings: Findings) -> str:
-    """Say which rate it was scaled from, and whether that one comes from a range test, and with whose optimizer."""
+    """Say which rate it was scaled from, and whether that one comes from a sweep, or from a range test, and with whose optimizer."""
     lr, workload = findings.recommendation.lr, findings.workload
     if lr.base_lr is None:
         return ""
     parts = [] if lr.base_batch_size in {None, plan.global_batch_size} else [f"from {number(lr.base_lr)} @ {lr.base_batch_size}"]
-    if lr.base_is_tested:
+    if findings.swept is not None:
+        parts.append("swept")
+    elif lr.base_is_tested:
         parts.append("tested" if workload.optimizer_given else f"tested with {plain(workload.optimizer)}")
     return ", ".join(parts)
 
