@@ -203,7 +203,7 @@ def _time(manifest: TrainingManifest, result: TrainingResult) -> Section:
     if result.predicted_s is not None:
         sentences.append(_predicted(result))
     elif not manifest.predicted_steps:
-        sentences.append("There is no prediction to compare with: the plan does not come from the findings of a run.")
+        sentences.append("There is no prediction to compare with: the plan does not come from findings with steady step times.")
     else:
         timed = [step.global_batch_size for step in manifest.predicted_steps]
         sentences.append(f"There is no prediction to compare with: the findings time sizes from {min(timed)} to {max(timed)} only.")
