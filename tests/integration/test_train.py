@@ -105,6 +105,24 @@ def test_the_plan_of_a_run_is_trained_with_its_rate_and_compared(here: Run, trai
     assert {line["lr"] for line in log if line["kind"] == "step"} == {0.2}
 
 
+def test_findings_that_are_no_clear_answer_are_trained_with_and_said(here: Run, training: Path) -> None:
+    RunFolder.create(Path("found")).write_findings(findings_samples.unstable())
+    manifest_of(Path("found"))
+
+    told = here("train", "train.py:trained", "--epochs", "1", "--plan", "found", "--out", "run").err
+
+    assert "these findings are unstable; rightbatch show says why, and what to do" in told
+    assert "the training set holds" not in told
+
+
+def test_a_batch_larger_than_the_training_set_is_said(here: Run, training: Path) -> None:
+    ended = here("train", "train.py:trained", "--epochs", "1", "--plan", "4000", "--out", "run")
+
+    assert ended.code == 0
+    assert "the training set holds 600 samples, so no step takes more than these" in ended.err
+    assert "1 step of " in ended.out
+
+
 def manifest_of(folder: Path) -> None:
     """Make a folder a run's: a manifest as ``find`` writes one."""
     from rightbatch.records.run import RunManifest

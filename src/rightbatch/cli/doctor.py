@@ -81,7 +81,9 @@ def check_torch() -> tuple[Check, ...]:
         import torch
 
         cuda = torch.cuda.is_available()
-        found = f"{version}, {torch.get_num_threads()} threads, " + (f"CUDA {torch.version.cuda}" if cuda else "no CUDA device")
+        count = torch.get_num_threads()
+        threads = "1 thread" if count == 1 else f"{count} threads"
+        found = f"{version}, {threads}, " + (f"CUDA {torch.version.cuda}" if cuda else "no CUDA device")
     except Exception as error:  # noqa: BLE001  # a broken installation fails in any way
         detail = f"{version} is installed but cannot be imported: {type(error).__name__}: {error}"
         return (Check(name="torch", status="broken", detail=detail, remedy="reinstall torch: pip install --force-reinstall torch"),)

@@ -61,7 +61,7 @@ def measure(
     from rightbatch.tuner.find import find
 
     with stdout_reserved(), show_progress(quiet=output.quiet) as progress:
-        found = find(source, request, progress, command=repeat)
+        found = find(source, request, progress, command=without_fresh(repeat))
     code = exit_code(command, found.findings)
     if memory.expect is None:
         answer_findings(found.findings, as_json=output.json)
@@ -70,6 +70,12 @@ def measure(
     if found.folder is not None:
         _keep_report(found.findings, found.folder, quiet=output.quiet)
     return code
+
+
+def without_fresh(command: tuple[str, ...]) -> tuple[str, ...]:
+    """The command that goes on with what this one began: ``--fresh`` would measure or train all of it again."""
+    end = command.index("--") if "--" in command else len(command)
+    return (*(word for word in command[:end] if word != "--fresh"), *command[end:])
 
 
 def answered_help(source: "WorkloadSource") -> bool:

@@ -35,7 +35,7 @@ NotNegative = Annotated[int, Parameter(validator=Number(gte=0))]
 WorkloadSpec = Annotated[
     str, Parameter(help="FILE.py:FUNCTION or package.module:FUNCTION; the function returns a rightbatch.Workload.", show_env_var=False)
 ]
-RunPath = Annotated[Path, Parameter(help="A run folder.", show_env_var=False)]
+RunPath = Annotated[Path, Parameter(help="Folder of a run of find, a training or a sweep.", show_env_var=False)]
 GpuList = Annotated[tuple[str, ...], Parameter(converter=_gpu_list, n_tokens=1, metavar="LIST", negative=())]
 Flag = Annotated[bool, Parameter(negative=(), show_default=False)]
 
@@ -215,5 +215,5 @@ class ShowOptions:
 class ReportOptions:
     """Where the report goes."""
 
-    output: Annotated[Path | None, Parameter(alias="-o")] = None
+    output: Annotated[Path | None, Parameter(alias=("-o", "--out"))] = None
     """The HTML file; without it, report.html in each run folder."""

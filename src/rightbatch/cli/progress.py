@@ -9,6 +9,7 @@ from rightbatch.cli.output import say
 from rightbatch.units import format_percent
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 BUDGET = "the budget used"
 _LINE_EVERY_FRACTION = 0.05
+_STAGE_CELLS = len("gradient noise")
+"""Of the longest stage: the bar begins at the same place in all of them."""
 
 
 class LineProgress:
@@ -40,15 +43,29 @@ class LineProgress:
 
 
 class BarProgress:
-    """Draws a bar of the whole with the stage and the detail beside it."""
+    """Draws a bar of the whole beside the stage, and the detail in a line of its own, so that neither moves or hides the other.
+
+    Args:
+        bar: Draws the bar.
+        task: What it is of.
+    """
 
     def __init__(self, bar: "RichProgress", task: "TaskID") -> None:
         self._bar = bar
         self._task = task
+        self._detail = ""
 
     def update(self, stage: str, fraction: float, detail: str) -> None:
         """Move the bar to the part of the whole that is done."""
-        self._bar.update(self._task, completed=min(1.0, max(0.0, fraction)), description=stage, detail=detail)
+        self._detail = detail
+        self._bar.update(self._task, completed=min(1.0, max(0.0, fraction)), description=f"{stage:<{_STAGE_CELLS}}")
+
+    def drawn(self) -> "RenderableType":
+        """Return both lines; of a detail that is too long, what fits."""
+        from rich.console import Group
+        from rich.text import Text
+
+        return Group(self._bar, Text(self._detail, no_wrap=True, overflow="ellipsis"))
 
 
 @contextmanager
@@ -68,15 +85,11 @@ def show_progress(*, quiet: bool, whole: str = BUDGET) -> "Iterator[Progress]":
         yield LineProgress(whole)
         return
     from rich.console import Console
-    from rich.markup import escape
+    from rich.live import Live
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    # Details hold names of the user's, so nothing in them may be taken for markup.
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[detail]}", markup=False),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        yield BarProgress(bar, bar.add_task(escape("starting"), total=1.0, detail=""))
+    console = Console(stderr=True)
+    bar = Progress(TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn(), console=console)
+    shown = BarProgress(bar, bar.add_task(f"{'starting':<{_STAGE_CELLS}}", total=1.0))
+    with Live(get_renderable=shown.drawn, console=console, transient=True, refresh_per_second=4):
+        yield shown

@@ -1,12 +1,15 @@
 """The commands that read the folder of a run, a training or a sweep: show and report. They work without torch and without the device."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rightbatch.cli.options import OutputOptions, ReportOptions, ShowOptions
 from rightbatch.cli.output import answer, answer_findings, text_layout
 from rightbatch.errors import RunFolderError, UsageError
+from rightbatch.records.folder import RUNS_FOLDER
+from rightbatch.records.run import MANIFEST_FILE
 from rightbatch.records.sweep_folder import SweepFolder
 from rightbatch.records.training_run import TrainingFolder
 
@@ -30,9 +33,8 @@ def show(run: Path | None, showing: ShowOptions, output: OutputOptions) -> int:
         answer(json.dumps(schema(), indent=2))
         return 0
     if run is None:
-        raise UsageError(
-            "show needs a run folder, or --schema; give the folder that `rightbatch find` named, below rightbatch-runs by default."
-        )
+        raise UsageError(f"show needs a run folder, or --schema; got neither; {_which(RUNS_FOLDER)}.")
+    _check_folder(run)
     if TrainingFolder.is_at(run):
         _show_training(run, showing, output)
         return 0
@@ -72,9 +74,7 @@ def report(runs: tuple[Path, ...], writing: ReportOptions, output: OutputOptions
         RunFolderError: A folder cannot be read or written, or holds no measurements.
     """
     if not runs:
-        raise UsageError(
-            "report needs at least one run folder; give the folder that `rightbatch find` named, below rightbatch-runs by default."
-        )
+        raise UsageError(f"report needs at least one run folder; got none; {_which(RUNS_FOLDER)}.")
     if writing.output is not None and len(runs) > 1:
         raise UsageError(
             f"--output names one file for one run; got {len(runs)} runs; leave it out to write report.html in each run folder."
@@ -83,6 +83,8 @@ def report(runs: tuple[Path, ...], writing: ReportOptions, output: OutputOptions
     from rightbatch.records.folder import REPORT_FILE
     from rightbatch.records.record import SCHEMA_VERSION
 
+    for run in runs:
+        _check_folder(run)
     files = tuple(writing.output or run / REPORT_FILE for run in runs)
     for run, file in zip(runs, files, strict=True):
         write_whole(file, _page_of(run))
@@ -91,6 +93,30 @@ def report(runs: tuple[Path, ...], writing: ReportOptions, output: OutputOptions
     else:
         answer("\n".join(str(file) for file in files))
     return 0
+
+
+def _check_folder(run: Path) -> None:
+    """Refuse a folder that holds folders of ours but is none, and name the latest of them.
+
+    Raises:
+        RunFolderError: It is such a folder.
+    """
+    if not _is_ours(run) and _ours_below(run):
+        raise RunFolderError(f"a run is one folder; {run} holds several; {_which(run)}.")
+
+
+def _which(folder: Path) -> str:
+    """What to give: the latest folder of ours below a folder, or words where there is none."""
+    latest = max(_ours_below(folder), key=lambda path: path.stat().st_mtime, default=None)
+    return "give the folder that a command named at its end" if latest is None else f"give one of them, such as the latest, {latest}"
+
+
+def _ours_below(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.iterdir()) if _is_ours(path)] if folder.is_dir() else []
+
+
+def _is_ours(path: Path) -> bool:
+    return (path / MANIFEST_FILE).is_file() or TrainingFolder.is_at(path) or SweepFolder.is_at(path)
 
 
 def _page_of(run: Path) -> str:
@@ -125,9 +151,12 @@ def read_sweep(run: Path) -> "SweepResult":
     Raises:
         RunFolderError: The folder cannot be read, or the sweep has not come to a result.
     """
-    result = SweepFolder.open(run).read_result()
+    folder = SweepFolder.open(run)
+    result, manifest = folder.read_result(), folder.read_manifest()
     if result is None:
-        raise RunFolderError(f"the sweep in {run} has not come to a result yet; repeat the command that began it.")
+        command = "" if manifest is None else shlex.join(manifest.command)
+        again = f": {command}" if command else "."
+        raise RunFolderError(f"the sweep in {run} has not come to a result yet; repeat the command that began it{again}")
     return result
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rightbatch.cli.measure import ANSWERED, INCONCLUSIVE, answered_help
+from rightbatch.cli.measure import ANSWERED, INCONCLUSIVE, answered_help, without_fresh
 from rightbatch.cli.options import OutputOptions, SweepOptions, SweepRunOptions
 from rightbatch.cli.output import answer, say, shown_path, stdout_reserved, text_layout
 from rightbatch.cli.sweep_progress import show_sweep
@@ -37,7 +37,7 @@ def sweep(
     from rightbatch.sweeps.driver import sweep as run_sweep
 
     with stdout_reserved(), show_sweep(quiet=output.quiet) as progress:
-        found = run_sweep(source, request, progress, command=_without_fresh(repeat))
+        found = run_sweep(source, request, progress, command=without_fresh(repeat))
     answer_sweep(found.result, as_json=output.json)
     _keep_report(found.result, found.folder, quiet=output.quiet)
     return exit_code(found.result)
@@ -85,12 +85,6 @@ def answer_sweep(result: "SweepResult", *, as_json: bool) -> None:
 def exit_code(result: "SweepResult") -> int:
     """Return 0 when a size reached the target and the sweep came to its end, else 5."""
     return ANSWERED if result.status == "ok" else INCONCLUSIVE
-
-
-def _without_fresh(command: tuple[str, ...]) -> tuple[str, ...]:
-    """The command that goes on with what this one began."""
-    end = command.index("--") if "--" in command else len(command)
-    return (*(word for word in command[:end] if word != "--fresh"), *command[end:])
 
 
 def _keep_report(result: "SweepResult", path: Path, *, quiet: bool) -> None:

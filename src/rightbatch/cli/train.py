@@ -65,7 +65,8 @@ class _Asked:
     @property
     def out(self) -> Path:
         """The folder: the same for every plan, so that ``--resume`` finds it without one."""
-        from rightbatch.tuner.kept import RUNS_FOLDER, digest
+        from rightbatch.records.folder import RUNS_FOLDER
+        from rightbatch.tuner.kept import digest
 
         return self.wanted.out or RUNS_FOLDER / f"train-{self.source.name}-{digest(self.source.spec, *self.source.arguments)[:8]}"
 
@@ -143,7 +144,7 @@ class _Asked:
         target = None if wanted.target is None else TrainingTarget.parse(wanted.target)
         schedule = self._schedule(rig, chosen, earlier, total)
         if not quiet:
-            self._say_choices(chosen, schedule)
+            self._say_choices(chosen, schedule, rig.train_size)
         return TrainingRequest(
             plan=chosen.plan,
             plan_source=chosen.source,
@@ -174,12 +175,16 @@ class _Asked:
         return choices.choose_schedule(chosen, wanted.schedule, is_dynamic=wanted.dynamic, optimizer=optimizer, total_samples=total)
 
     @staticmethod
-    def _say_choices(chosen: "ChosenPlan", schedule: "ChosenSchedule") -> None:
-        from rightbatch.report.training_verdict import plan_words
+    def _say_choices(chosen: "ChosenPlan", schedule: "ChosenSchedule", train_size: int) -> None:
         from rightbatch.training.choices import forecast_words
+        from rightbatch.training.progress_words import plan_words
 
         rate = "" if chosen.plan.lr is None else f", lr {chosen.plan.lr:.4g}"
         say(f"plan: batch {plan_words(chosen.plan)}{rate}, from {chosen.source}")
+        if chosen.findings is not None and chosen.findings.recommendation.status != "ok":
+            say(f"these findings are {chosen.findings.recommendation.status}; rightbatch show says why, and what to do")
+        if chosen.plan.global_batch_size > train_size:
+            say(f"the training set holds {train_size} samples, so no step takes more than these")
         for sentence in forecast_words(schedule):
             say(sentence)
 

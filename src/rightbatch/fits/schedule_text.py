@@ -61,7 +61,7 @@ def parse_schedule(text: str) -> BatchSchedule:
         UsageError: The word has none of the forms, or its numbers contradict one another.
     """
     kind, colon, rest = text.strip().partition(":")
-    if not colon:
+    if not colon and re.fullmatch(_WHOLE, kind):
         kind, rest = "constant", kind
     if kind not in _PARSERS:
         raise UsageError(f"a batch schedule is {_listed(FORMS)}; got {text!r}; write one of these forms with your numbers.")

@@ -10,6 +10,8 @@ from rightbatch.errors import RunFolderBusyError, RunFolderError
 from rightbatch.records.document import ForeignRecordError, RecordT, read_document, refuse_io, validate, write_whole
 from rightbatch.records.record import Record
 
+RUNS_FOLDER = Path("rightbatch-runs")
+"""Holds the folders that the user gave no place of their own."""
 LOCK_FILE = ".lock"
 REPORT_FILE = "report.html"
 WRITTEN_BY = "rightbatch"

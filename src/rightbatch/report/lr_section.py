@@ -1,7 +1,7 @@
 """The learning rate, in words: how it follows the size, what moves with it, and what a range test of rates found."""
 
 from rightbatch.records.lr_range import LrRange, LrVerdict
-from rightbatch.records.plan import BatchPlan, Findings, LrCoupling
+from rightbatch.records.plan import BatchPlan, Findings
 from rightbatch.report.document import Section, Table
 from rightbatch.report.phrases import estimate, number, plain
 
@@ -16,7 +16,7 @@ def learning_rate(findings: Findings) -> Section | None:
     sentences: list[str] = []
     tables: list[Table] = []
     if plan is not None:
-        sentences.extend(_coupling(plan, lr))
+        sentences.extend(_coupling(plan, findings))
         rows = tuple((plain(name), plain(value)) for name, value in lr.companions)
         tables.extend([Table(caption="What moves with it", header=("setting", "becomes"), rows=rows)] if rows else [])
     if tested is not None:
@@ -27,14 +27,15 @@ def learning_rate(findings: Findings) -> Section | None:
     return Section(key="lr", title="Learning rate", sentences=tuple(sentences), tables=tuple(tables))
 
 
-def _coupling(plan: BatchPlan, lr: LrCoupling) -> list[str]:
-    sentences = []
+def _coupling(plan: BatchPlan, findings: Findings) -> list[str]:
+    lr, sentences = findings.recommendation.lr, []
     if plan.lr is None:
         sentences.append("The workload names no learning rate tuned at a known batch size, so none is given here.")
     elif lr.base_lr is not None and lr.base_batch_size is not None:
         rule = "" if lr.rule == "none" or lr.factor == 1 else f", by the {lr.rule} rule"
         factor = "the" if lr.factor == 1 else f"{number(lr.factor)} times the"
-        how = "that the range test found" if lr.base_is_tested else "tuned"
+        tested = "that the range test found" if lr.base_is_tested else "tuned"
+        how = tested if findings.swept is None else "that the sweep tuned"
         sentences.append(f"{number(plan.lr)} is {factor} rate {how} at {lr.base_batch_size} ({number(lr.base_lr)}){rule}.")
     return [*sentences, *([plain(lr.validity)] if lr.validity else [])]
 

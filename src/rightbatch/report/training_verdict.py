@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from rightbatch.fits.training_result import evenly, training_result
-from rightbatch.records.plan import BatchPlan
 from rightbatch.records.training_log import EvaluationLine, EventLine, LogEvent, LogLine, StepLine
 from rightbatch.records.training_run import TrainingManifest, TrainingResult, TrainingState, resume_command
 from rightbatch.report.document import KeyNumber, Section, Table, Verdict, VerdictStatus
 from rightbatch.report.phrases import estimate, number, plain, signed_percent, split
-from rightbatch.training.progress_words import evaluation_words, metric_name
+from rightbatch.training.progress_words import evaluation_words, metric_name, plan_words
 from rightbatch.units import format_ago_s, format_duration_s
 
 _STATUS: dict[TrainingState, VerdictStatus] = {
@@ -60,14 +59,6 @@ def build_training_verdict(manifest: TrainingManifest, lines: Sequence[LogLine],
     )
 
 
-def plan_words(plan: BatchPlan) -> str:
-    """Say how a batch is made: ``128 = micro 64 x accumulate 2``."""
-    factors = [f"micro {plan.micro_batch_size}"] if plan.accumulation_steps * plan.world_size > 1 else []
-    factors += [f"accumulate {plan.accumulation_steps}"] if plan.accumulation_steps > 1 else []
-    factors += [f"ranks {plan.world_size}"] if plan.world_size > 1 else []
-    return f"{plan.global_batch_size}" + (f" = {' x '.join(factors)}" if factors else "")
-
-
 def _answer(result: TrainingResult) -> str:
     parts = [_outcome(result)]
     if result.evaluation is not None:
@@ -75,7 +66,8 @@ def _answer(result: TrainingResult) -> str:
     elif result.train_loss is not None:
         parts.append(f"training loss {number(result.train_loss)}")
     if result.steps:
-        parts.append(f"{result.steps} steps of {_sizes(result)}")
+        steps = "1 step" if result.steps == 1 else f"{result.steps} steps"
+        parts.append(f"{steps} of {_sizes(result)}")
     if result.samples_per_s is not None:
         parts.append(f"{number(result.samples_per_s)} samples/s")
     return " · ".join(parts)
@@ -211,7 +203,7 @@ def _time(manifest: TrainingManifest, result: TrainingResult) -> Section:
     if result.predicted_s is not None:
         sentences.append(_predicted(result))
     elif not manifest.predicted_steps:
-        sentences.append("There is no prediction to compare with: the plan does not come from the findings of a run.")
+        sentences.append("There is no prediction to compare with: the plan does not come from findings with steady step times.")
     else:
         timed = [step.global_batch_size for step in manifest.predicted_steps]
         sentences.append(f"There is no prediction to compare with: the findings time sizes from {min(timed)} to {max(timed)} only.")

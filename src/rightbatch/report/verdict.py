@@ -8,6 +8,7 @@ from rightbatch.records.plan import BatchPlan, Findings, Recommendation
 from rightbatch.report import branch_section, decision_sections, device_section, lr_section, measured_sections
 from rightbatch.report.document import KeyNumber, Section, SizeRow, Verdict
 from rightbatch.report.phrases import estimate, listed, number, percent, plain, split
+from rightbatch.training.progress_words import plan_words
 from rightbatch.units import format_bytes, format_number
 
 _REMEDY_NOTHING_FITS = (
@@ -81,10 +82,7 @@ def headline(findings: Findings) -> str:
 
 
 def _plan_words(plan: BatchPlan, findings: Findings) -> str:
-    factors = [f"micro {plan.micro_batch_size}"] if plan.accumulation_steps * plan.world_size > 1 else []
-    factors += [f"accumulate {plan.accumulation_steps}"] if plan.accumulation_steps > 1 else []
-    factors += [f"ranks {plan.world_size}"] if plan.world_size > 1 else []
-    text = f"batch {plan.global_batch_size}" + (f" = {' x '.join(factors)}" if factors else "")
+    text = f"batch {plan_words(plan)}"
     if plan.lr is None:
         return text
     origin = _lr_origin(plan, findings)
@@ -92,12 +90,14 @@ def _plan_words(plan: BatchPlan, findings: Findings) -> str:
 
 
 def _lr_origin(plan: BatchPlan, findings: Findings) -> str:
-    """Say which rate it was scaled from, and whether that one comes from a range test, and with whose optimizer."""
+    """Say which rate it was scaled from, and whether that one comes from a sweep, or from a range test, and with whose optimizer."""
     lr, workload = findings.recommendation.lr, findings.workload
     if lr.base_lr is None:
         return ""
     parts = [] if lr.base_batch_size in {None, plan.global_batch_size} else [f"from {number(lr.base_lr)} @ {lr.base_batch_size}"]
-    if lr.base_is_tested:
+    if findings.swept is not None:
+        parts.append("swept")
+    elif lr.base_is_tested:
         parts.append("tested" if workload.optimizer_given else f"tested with {plain(workload.optimizer)}")
     return ", ".join(parts)
 

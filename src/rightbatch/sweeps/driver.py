@@ -17,13 +17,14 @@ from types import FrameType
 from rightbatch._version import __version__
 from rightbatch.errors import InterruptedRunError, UsageError, WorkerKilledError
 from rightbatch.fits.sweep import fit_sweep, step_times_alone
+from rightbatch.records.folder import RUNS_FOLDER
 from rightbatch.records.plan import Findings
 from rightbatch.records.sweep import SweepManifest, SweepResult, TrialResult, TrialSpec, TrialStatus
 from rightbatch.records.sweep_folder import SweepFolder
 from rightbatch.sweeps import executors, tasks
 from rightbatch.sweeps.design import Rule, expected_trials, next_trials
 from rightbatch.sweeps.executors import Executor
-from rightbatch.sweeps.known import RUNS_FOLDER, known_findings
+from rightbatch.sweeps.known import known_findings
 from rightbatch.sweeps.request import SweepProgress, SweepRequest, SweepStage, SweptRun
 from rightbatch.sweeps.settings import digest_of, scaling_rule, settings_of
 from rightbatch.sweeps.study import KILLED, Attempt, SweepStudy

@@ -4,10 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rightbatch.errors import RunFolderError
+from rightbatch.records.folder import RUNS_FOLDER
 from rightbatch.records.plan import Findings
 from rightbatch.records.run import MANIFEST_FILE, RunFolder
-
-RUNS_FOLDER = Path("rightbatch-runs")
 
 
 def known_findings(plan: Path | None, spec: str, arguments: tuple[str, ...]) -> Findings | None:

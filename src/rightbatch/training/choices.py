@@ -7,6 +7,7 @@ from rightbatch.errors import InconclusiveError, RightbatchError, UsageError
 from rightbatch.fits.schedule_forecast import forecast_schedule
 from rightbatch.fits.schedule_text import FORMS, parse_schedule, schedule_text
 from rightbatch.recommend.schedule import requested_schedule
+from rightbatch.records.estimates import Status
 from rightbatch.records.plan import BatchPlan, Findings
 from rightbatch.records.run import RunFolder
 from rightbatch.records.schedule import BatchSchedule, ScheduleForecast, SizeCoupling
@@ -36,8 +37,10 @@ class ChosenPlan:
 
     @property
     def predicted_steps(self) -> tuple[PredictedStep, ...]:
-        """Step times by size, as far as the findings know."""
+        """Step times by size, as far as the findings know; none where other processes disturbed them."""
         if self.findings is None or self.findings.tradeoff is None:
+            return ()
+        if self.findings.step_time is None or self.findings.step_time.status is Status.UNSTABLE:
             return ()
         points = self.findings.tradeoff.points
         return tuple(PredictedStep(global_batch_size=point.global_batch_size, step_time_s=point.step_time_s) for point in points)

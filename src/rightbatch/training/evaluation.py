@@ -122,7 +122,7 @@ def check_target(workload: Workload, *, is_loss: bool) -> None:
         WorkloadError: The workload has no validation samples, or no metric.
     """
     if workload.valid is None:
-        raise WorkloadError("a target needs validation samples; the workload has none; give it valid=, or train without a target.")
+        raise WorkloadError("a target needs validation samples; the workload has none; give it valid=.")
     if is_loss:
         return
     if workload.metric is None or workload.loss is None:

@@ -1,7 +1,16 @@
-"""A training's progress in a line; imports nothing heavy."""
+"""A training's plan and its progress, each in a line; imports nothing heavy."""
 
+from rightbatch.records.plan import BatchPlan
 from rightbatch.records.training_log import EvaluationLine, StepLine, TrainingTarget
 from rightbatch.units import format_number
+
+
+def plan_words(plan: BatchPlan) -> str:
+    """Say how a batch is made: ``128 = micro 64 x accumulate 2``."""
+    factors = [f"micro {plan.micro_batch_size}"] if plan.accumulation_steps * plan.world_size > 1 else []
+    factors += [f"accumulate {plan.accumulation_steps}"] if plan.accumulation_steps > 1 else []
+    factors += [f"ranks {plan.world_size}"] if plan.world_size > 1 else []
+    return f"{plan.global_batch_size}" + (f" = {' x '.join(factors)}" if factors else "")
 
 
 def step_words(line: StepLine, total_samples: int, evaluation: EvaluationLine | None, target: TrainingTarget | None) -> str:

@@ -24,6 +24,7 @@ from rightbatch.training.evaluation import check_target
 from rightbatch.training.log import TrainingLog
 from rightbatch.training.loop import TrainingLoop
 from rightbatch.training.peers import Peers, peers_from_environment
+from rightbatch.training.progress_words import plan_words
 from rightbatch.training.request import KeepGoing, SilentTraining, TrainingProgress, TrainingRequest
 from rightbatch.training.stop_signals import StopSignals
 
@@ -214,12 +215,10 @@ class _Session:
 
     def _announce(self, loop: TrainingLoop, before: "_Earlier | None") -> None:
         if before is None:
-            plan = self.parts.plan
             left_out = (
                 "" if self.parts.loader.samples_per_epoch == self.parts.rig.train_size else "; the last batch of an epoch is left out"
             )
-            split = f"micro {plan.micro_batch_size} x accumulate {plan.accumulation_steps} x ranks {plan.world_size}"
-            loop.event(LogEvent.STARTED, f"batch {plan.global_batch_size} = {split}{left_out}")
+            loop.event(LogEvent.STARTED, f"batch {plan_words(self.parts.plan)}{left_out}")
             return
         for damaged in before.checkpoint.passed_over:
             loop.event(LogEvent.CHECKPOINT_DAMAGED, damaged)

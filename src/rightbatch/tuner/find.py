@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rightbatch._version import __version__
 from rightbatch.engine.ranks import WAIT_S, Ranks, bucket_bytes, failure_told, local_device, ranks_from_environment
 from rightbatch.errors import InterruptedRunError
+from rightbatch.records.folder import RUNS_FOLDER
 from rightbatch.records.measurements import (
     MemoryMeasurements,
     Outcome,
@@ -23,7 +24,7 @@ from rightbatch.records.measurements import (
 )
 from rightbatch.records.plan import Findings
 from rightbatch.records.run import RunFolder, RunManifest
-from rightbatch.tuner.kept import ORDER, RUNS_FOLDER, SWEPT, WORKLOAD, Kept, answer_at_once, digest, now, read_kept, take_in_sweep
+from rightbatch.tuner.kept import ORDER, SWEPT, WORKLOAD, Kept, answer_at_once, digest, now, read_kept, take_in_sweep
 from rightbatch.tuner.request import STANDARD_PARTS, Part, Progress, Request, SilentProgress, parts_of
 from rightbatch.workload.source import Source
 

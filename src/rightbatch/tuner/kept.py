@@ -16,6 +16,7 @@ from rightbatch.errors import RunFolderError
 from rightbatch.fits.lr_range import fit_lr_range, with_tested_rate
 from rightbatch.fits.swept import evidence_of
 from rightbatch.records.environment import Environment
+from rightbatch.records.folder import RUNS_FOLDER
 from rightbatch.records.measurements import Measurements, WorkloadSummary
 from rightbatch.records.plan import Findings
 from rightbatch.records.record import Record
@@ -26,7 +27,6 @@ from rightbatch.tuner.request import Part, Request, parts_of
 from rightbatch.workload.source import Source
 
 WORKLOAD, SWEPT = "workload", "swept"
-RUNS_FOLDER = Path("rightbatch-runs")
 ORDER = (Part.MEMORY, Part.STEP_TIME, Part.LOADER, Part.LR_RANGE, Part.GRADIENT_NOISE, Part.BRANCHES)
 _SAME_RATE = 1e-6
 """Relative difference of two learning rates that are one."""

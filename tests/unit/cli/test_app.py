@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import findings_samples
 from rightbatch.cli import main
-from rightbatch.cli.progress import LineProgress
+from rightbatch.cli.progress import BarProgress, LineProgress
 from rightbatch.errors import (
     InconclusiveError,
     InterruptedRunError,
@@ -190,9 +192,9 @@ USAGE_ERRORS = {
     "See `rightbatch memory --help`.",
     "find train.py": "train.py does not say which function makes the workload; did you mean train.py:workload?",
     "find trian.py:workload": "there is no file trian.py; did you mean train.py?",
-    "show": "show needs a run folder, or --schema; give the folder that `rightbatch find` named, below rightbatch-runs by default.",
+    "show": "show needs a run folder, or --schema; got neither; give the folder that a command named at its end.",
     "show nowhere": "there is no run folder nowhere; `rightbatch find` says where it puts one (rightbatch-runs by default).",
-    "report": "report needs at least one run folder; give the folder that `rightbatch find` named, below rightbatch-runs by default.",
+    "report": "report needs at least one run folder; got none; give the folder that a command named at its end.",
     "report a b -o c.html": "--output names one file for one run; got 2 runs; leave it out to write report.html in each run folder.",
 }
 
@@ -247,6 +249,12 @@ def test_interrupted_run_says_how_to_continue(tuner, capsys) -> None:
     assert main(["find", WORKLOAD, "--quiet"]) == 130
     expected = "rightbatch: interrupted; measured so far: memory. Continue with: rightbatch find train.py:workload\n"
     assert capsys.readouterr().err == expected
+
+
+def test_a_run_that_goes_on_after_an_interrupt_is_not_begun_afresh(tuner) -> None:
+    assert main(["find", WORKLOAD, "--fresh", "--quiet", "--", "--name", "--fresh"]) == 0
+    assert tuner.request.fresh
+    assert tuner.command == ("rightbatch", "find", WORKLOAD, "--quiet", "--", "--name", "--fresh")
 
 
 def test_bare_interrupt_says_how_to_continue(tuner, capsys) -> None:
@@ -316,6 +324,23 @@ def test_lines_of_progress_are_few(capsys) -> None:
         "memory: size 10 (10 % of the budget used)",
         "step time (10 % of the budget used)",
     ]
+
+
+def test_a_long_detail_leaves_the_bar_its_place_at_80_columns() -> None:
+    console = Console(width=80, file=io.StringIO(), force_terminal=True, color_system=None)
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console)
+    shown = BarProgress(bar, bar.add_task("", total=1.0))
+    lines = []
+    for stage, detail in (("training", "12600/18000 samples · " * 10), ("memory", ""), ("gradient noise", "[red]x[/red]")):
+        shown.update(stage, 0.5, detail)
+        with console.capture() as capture:
+            console.print(shown.drawn())
+        lines.append(capture.get().splitlines())
+
+    assert {len(drawn[0]) for drawn in lines} == {len("gradient noise") + 1 + 40 + 1 + len("-:--:--")}
+    assert lines[0][1].endswith("…")
+    assert len(lines[0][1]) <= 80
+    assert lines[2][1].rstrip() == "[red]x[/red]"
 
 
 def test_progress_on_a_terminal_is_a_bar_that_goes_away(tuner, monkeypatch, capsys) -> None:

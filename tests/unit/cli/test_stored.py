@@ -1,6 +1,7 @@
 """show and report read a run folder and judge it again."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +9,13 @@ from pathlib import Path
 import pytest
 
 import findings_samples
+from planted_sweeps import settings_of
 from rightbatch.cli import main
 from rightbatch.records.measurements import LoaderMeasurements, LoaderPoint
 from rightbatch.records.plan import Constraints, Goal, Objective
 from rightbatch.records.run import RunFolder, RunManifest
+from rightbatch.records.sweep import SweepManifest
+from rightbatch.records.sweep_folder import SweepFolder
 
 LOADER = LoaderMeasurements(points=(LoaderPoint(num_workers=0, batch_size=8, samples_per_s=(100.0,)),), configured_num_workers=None)
 
@@ -64,6 +68,54 @@ def test_show_and_report_need_no_torch(run) -> None:
         done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (0, "")
         assert expected in done.stdout
+
+
+@pytest.mark.parametrize("command", ["show", "report"])
+def test_a_folder_of_runs_names_the_latest_of_them(run, capsys, command: str) -> None:
+    older = RunFolder.create(Path("runs/older"))
+    older.write_manifest(run.read_manifest())
+    os.utime("runs/older", (1, 1))
+
+    assert main([command, "runs"]) == 2
+    assert (
+        capsys.readouterr().err == "rightbatch: a run is one folder; runs holds several; give one of them, such as the latest, runs/one.\n"
+    )
+
+
+@pytest.mark.parametrize("command", ["show", "report"])
+def test_a_forgotten_folder_is_answered_with_the_latest_one(run, capsys, command: str) -> None:
+    Path("runs").rename("rightbatch-runs")
+
+    assert main([command]) == 2
+    assert capsys.readouterr().err.endswith("give one of them, such as the latest, rightbatch-runs/one.\n")
+
+
+def test_the_report_goes_where_out_says_too(run, capsys) -> None:
+    assert main(["report", "runs/one", "--out", "page.html"]) == 0
+    assert Path("page.html").read_text() == "<!doctype html>"
+
+
+def test_a_sweep_without_a_result_names_the_command_that_goes_on(tuner, capsys) -> None:
+    SweepFolder.create(Path("swept")).write_manifest(
+        SweepManifest(
+            rightbatch_version="0.1.0",
+            created_at="2026-01-02T03:04:05+00:00",
+            updated_at="2026-01-02T03:04:05+00:00",
+            command=("rightbatch", "sweep", "train.py:workload", "--target", "accuracy>=0.9"),
+            workload_spec="train.py:workload",
+            workload=findings_samples.workload(),
+            settings=settings_of(),
+            asked="",
+            device="cpu",
+            device_name="a processor",
+            versions=(),
+        )
+    )
+
+    assert main(["show", "swept"]) == 2
+    assert capsys.readouterr().err.endswith(
+        "repeat the command that began it: rightbatch sweep train.py:workload --target 'accuracy>=0.9'\n"
+    )
 
 
 def test_show_leaves_the_folder_as_it_was(run) -> None:

@@ -70,8 +70,8 @@ def test_defaults_of_the_noise_adaptive_kind_need_not_be_written():
     ("text", "words"),
     [
         ("exponential:64..512@100", "a batch schedule is 64, milestones:0=64,100000=256, .* or noise:.*; got 'exponential:64..512@100'"),
-        ("sixty", "'sixty' is no batch schedule: .*; write it like 64"),
-        ("noise", "'noise' is no batch schedule: .*; write it like 64"),
+        ("sixty", "a batch schedule is 64, milestones:0=64,100000=256, .* or noise:.*; got 'sixty'"),
+        ("noise", "'noise' is no batch schedule: .*; write it like noise:64"),
         ("0", "greater than 0"),
         ("linear:64..512", "form of its kind; write it like linear:64..512@200000"),
         ("geometric:64..0@5", "greater than 0; write it like geometric"),

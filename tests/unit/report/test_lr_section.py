@@ -2,6 +2,7 @@
 
 from findings_samples import good, lr_range, unstable, untuned
 from rightbatch.records.estimates import Status
+from rightbatch.records.training import ProbeOutcome, SweepEvidence, TrainingProbe
 from rightbatch.report.lr_section import learning_rate
 from rightbatch.report.verdict import answer_line
 
@@ -33,6 +34,15 @@ def test_a_rate_used_where_it_was_tested_is_still_told_from_a_tuned_one():
 
 def test_the_answer_names_the_optimizer_that_stood_in():
     assert "lr 1.2 (tested with Adam)" in answer_line(_chosen_at(64, optimizer_given=False, optimizer="Adam"))
+
+
+def test_a_rate_that_a_sweep_tuned_is_not_called_a_range_tests():
+    probe = TrainingProbe(global_batch_size=64, lr=1.2, outcome=ProbeOutcome.REACHED, samples=5000.0, log_error=0.1)
+    swept = SweepEvidence(target="accuracy >= 0.97", folder="runs/sweep", probes=(probe,))
+    findings = _chosen_at(64).model_copy(update={"swept": swept})
+
+    assert "lr 1.2 (swept)" in answer_line(findings)
+    assert "1.2 is the rate that the sweep tuned at 64 (0.2)." in _said(findings)
 
 
 def test_range_test_is_given_with_its_interval_its_edge_and_its_bias():

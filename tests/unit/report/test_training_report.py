@@ -55,7 +55,8 @@ def test_predicted_and_realised_time_are_compared() -> None:
 
 
 @pytest.mark.parametrize(
-    ("predicted", "reason"), [((), "does not come from the findings"), ((0,), "the findings time sizes from 32 to 32 only")]
+    ("predicted", "reason"),
+    [((), "does not come from findings with steady step times"), ((0,), "the findings time sizes from 32 to 32 only")],
 )
 def test_without_a_prediction_it_says_why(predicted: tuple[int, ...], reason: str) -> None:
     manifest, lines = samples.good()

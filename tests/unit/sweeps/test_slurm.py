@@ -236,9 +236,9 @@ def _play_commands(monkeypatch: pytest.MonkeyPatch, folder: Path, **scripts: str
 
 
 def test_a_slurm_that_does_not_answer_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    _play_commands(monkeypatch, tmp_path, sbatch="exit 0", sinfo="echo Unable to contact slurm controller >&2; exit 1")
+    _play_commands(monkeypatch, tmp_path, sbatch="exit 0", sinfo="printf 'error: no route\\nfatal: no controller\\n' >&2; exit 1")
 
-    with pytest.raises(ClusterError, match="Unable to contact slurm controller"):
+    with pytest.raises(ClusterError, match="sinfo said: error: no route fatal: no controller; try `sinfo` yourself, or use --on local"):
         read_partition("")
 
 

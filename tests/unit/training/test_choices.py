@@ -41,6 +41,13 @@ def test_the_plan_of_a_run_brings_its_step_times(tmp_path: Path) -> None:
     assert times == {point.global_batch_size: point.step_time_s for point in findings_samples.tradeoff().points}
 
 
+def test_disturbed_step_times_predict_nothing(tmp_path: Path) -> None:
+    chosen = choices.plan_from_run(run_folder(tmp_path / "run", findings_samples.unstable()))
+
+    assert chosen.plan == findings_samples.unstable().recommendation.plan
+    assert chosen.predicted_steps == ()
+
+
 def test_a_run_without_a_plan_is_refused_and_passed_over(tmp_path: Path) -> None:
     path = run_folder(tmp_path / "run", findings_samples.nothing_fits())
 

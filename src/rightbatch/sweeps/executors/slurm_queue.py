@@ -82,7 +82,7 @@ def read_partition(name: str) -> Partition:
         raise ClusterError("there is no SLURM on this machine (sbatch, sinfo); run the command on a login node, or use --on local.")
     ended = _run("sinfo", "--noheader", "--Node", "--format=%P|%c|%G|%t|%l", *([f"--partition={name}"] if name else []))
     if ended is None or ended.returncode != 0:
-        reason = "no answer" if ended is None else ended.stderr.strip()
+        reason = "no answer" if ended is None else " ".join(ended.stderr.split())
         raise ClusterError(f"SLURM must answer; sinfo said: {reason}; try `sinfo` yourself, or use --on local.")
     return parse_partition(ended.stdout, name)
 
