@@ -36,8 +36,9 @@ demo: setup  ## find the batch size of a small CNN on handwritten digits
 	@$(BIN)/rightbatch find examples/digits.py:workload --out $(DEMO) || test $$? -eq 5
 	@$(BIN)/rightbatch show $(DEMO) | sed -n '/^$$/q;p'
 
-test: check  ## check, then run every test
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+# A module's tests stay together, so that what they share is made once; those that start processes come first, as their folders do.
+test: check  ## check, then run every test, one process a core
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 
 check: setup  ## formatting, lint, types, and who may import whom
 	@$(BIN)/ruff format --check --quiet .

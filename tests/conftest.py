@@ -5,6 +5,12 @@ import signal
 import sys
 
 import pytest
+from beartype import BeartypeConf
+from beartype.claw import beartype_package
+
+# All calls within the engine have their types checked. Shapes are dearer: pyproject names the modules that state any to jaxtyping's plugin,
+# and beside them ``ranks``, which names types that only a type checker imports: beartype alone refuses these.
+beartype_package("rightbatch.engine", conf=BeartypeConf(claw_is_pep526=False))
 
 
 @pytest.fixture(scope="session", autouse=True)

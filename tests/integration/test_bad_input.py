@@ -279,7 +279,7 @@ def test_corrupt_run_folder_can_be_measured_afresh(here: Run, measured: Measured
 
 @pytest.mark.slow
 def test_interrupted_run_is_kept_and_its_own_words_continue_it(start, project: Path) -> None:
-    process = start("find", "train.py:workload", "--budget", "10s", "--out", "a run")
+    process = start("find", "train.py:workload", "--budget", "5s", "--out", "a run")
     read_until(process, "step time: ")
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate()

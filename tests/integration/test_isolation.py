@@ -487,7 +487,7 @@ workload = rb.Workload(
     num_workers=0,
 )
 try:
-    plan = rb.find(workload, budget="5s", threads=1)
+    plan = rb.find(workload, budget="3s", threads=1)
 except InconclusiveError:
     print("found nothing")
 else:

@@ -1,12 +1,10 @@
-"""Two ranks under ``torchrun`` see what one process sees that accumulates the same micro-batches, or that halves the same batch."""
+"""Two ranks see what one process sees that accumulates the same micro-batches, or that halves the same batch."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+
+from launch import forked
 
 PROGRAM = '''
 """Trains on this rank's part of fixed micro-batches, once for each way, and writes what the monitor measured."""
@@ -74,27 +72,14 @@ WAYS = {"accumulated": [6, 6, 6, 6], "parts": [6, 6], "unreduced": [6, 6, 6, 6]}
 pytestmark = pytest.mark.slow
 
 
-def run(folder: Path, ranks: int) -> None:
-    """Train on so many ranks."""
-    (folder / "program.py").write_text(PROGRAM)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    variables = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    environment = {key: value for key, value in os.environ.items() if key not in variables} | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, "program.py", json.dumps(WAYS)]
-    with subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True) as started:
-        try:
-            _, err = started.communicate(timeout=90)
-        finally:
-            started.terminate()  # ends its ranks; killed, it would leave them behind
-    assert started.returncode == 0, err
-
-
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """What was written by (way, number of ranks, rank), joined by dashes."""
     folder = tmp_path_factory.mktemp("ranks")
+    (folder / "program.py").write_text(PROGRAM)
     for ranks in (1, 2):
-        run(folder, ranks)
+        ended = forked(folder, "program.py", json.dumps(WAYS), count=ranks)
+        assert ended.code == 0, ended.err
     return {file.stem: json.loads(file.read_text()) for file in folder.glob("*.json")}
 
 

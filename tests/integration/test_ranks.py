@@ -1,15 +1,13 @@
-"""Several processes under ``torchrun``: one answer on all of them, and one error when one of them fails."""
+"""Several ranks: one answer on all of them, and one error when one of them fails."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from fakes import FakeDevice, GivenSource, planted_rig, planted_samples, planted_workload
+from launch import Ended, Launch, forked, torchrun
 from rightbatch.tuner.find import find
 from rightbatch.tuner.request import Part, Request, SilentProgress
 
@@ -86,33 +84,27 @@ MEMORY = ("memory",)
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How all ranks together ended."""
+class Found:
+    """How all ranks together ended, and what each found."""
 
-    code: int
-    err: str
+    ended: Ended
     found: dict[int, dict]
 
+    @property
+    def code(self) -> int:
+        return self.ended.code
 
-def _environment() -> dict[str, str]:
-    tests = Path(__file__).parents[1]
-    launcher = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    kept = {name: value for name, value in os.environ.items() if name not in launcher}
-    return kept | {"PYTHONPATH": os.pathsep.join([str(tests), kept.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
+    @property
+    def err(self) -> str:
+        return self.ended.err
 
 
-def together(folder: Path, **options: object) -> Ended:
-    """Run the program on two ranks; ``torchrun`` is the same module."""
+def together(folder: Path, launch: Launch = forked, **options: object) -> Found:
+    """Run the program on two ranks."""
     (folder / "program.py").write_text(PROGRAM)
-    words = json.dumps({"capacities": CAPACITIES, "parts": MEMORY} | options)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "program.py", words]
-    with subprocess.Popen(command, cwd=folder, env=_environment(), stderr=subprocess.PIPE, text=True) as launcher:
-        try:
-            _, err = launcher.communicate(timeout=150)  # a hang, even on a machine with much else to do
-        finally:
-            launcher.terminate()  # ends its ranks; killed, it would leave them behind
+    ended = launch(folder, "program.py", json.dumps({"capacities": CAPACITIES, "parts": MEMORY} | options))
     found = {rank: folder / f"found-{rank}.json" for rank in range(2)}
-    return Ended(launcher.returncode, err, {rank: json.loads(file.read_text()) for rank, file in found.items() if file.exists()})
+    return Found(ended, {rank: json.loads(file.read_text()) for rank, file in found.items() if file.exists()})
 
 
 def ceiling_alone(capacity_bytes: int) -> int:
@@ -126,7 +118,7 @@ def ceiling_alone(capacity_bytes: int) -> int:
 
 @pytest.mark.slow
 def test_ranks_find_the_ceiling_of_the_smallest_device(tmp_path: Path):
-    result = together(tmp_path)
+    result = together(tmp_path, torchrun)
     larger, smaller = map(ceiling_alone, CAPACITIES)
 
     assert result.code == 0, result.err
@@ -184,7 +176,7 @@ def test_child_killed_at_a_size_on_one_rank_lowers_the_ceiling_of_all(tmp_path: 
 
 @pytest.mark.slow
 def test_users_error_on_one_rank_ends_all_ranks_with_the_reason(tmp_path: Path):
-    result = together(tmp_path, raises=True)
+    result = together(tmp_path, torchrun, raises=True)
 
     assert result.code != 0
     assert "UserCodeError on rank 1: the workload's code raised ValueError: an odd sample" in result.err

@@ -1,12 +1,11 @@
 """Two ranks take the steps of one process, however unequal their shares, and also where one of them runs out of memory."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from launch import forked
 
 PROGRAM = '''
 """Trains two ranks on their shares of fixed batches, once for each case, and writes how far that is from one process on whole batches."""
@@ -228,16 +227,8 @@ def run(folder: Path, cases: dict[str, object], name: str) -> tuple[dict[str, di
     """Train two ranks; return what each wrote."""
     (folder / "program.py").write_text(PROGRAM)
     (folder / name).write_text(json.dumps(cases))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    variables = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    environment = {key: value for key, value in os.environ.items() if key not in variables} | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, "program.py", name]
-    with subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True) as started:
-        try:
-            _, err = started.communicate(timeout=120)
-        finally:
-            started.terminate()  # ends its ranks; killed, it would leave them behind
-    assert started.returncode == 0, err
+    ended = forked(folder, "program.py", name)
+    assert ended.code == 0, ended.err
     first, second = (json.loads((folder / f"{name}-{rank}").read_text()) for rank in (0, 1))
     return first, second
 
