@@ -1,12 +1,12 @@
 """Score ways to choose a batch size on recorded trainings: what each choice costs in time to the target, and what finding it costs.
 
-Run: python benchmarks/replay.py --data FOLDER [--leave-one-out] [--resamples 200] [--json]
+Run: python benchmarks/replay.py --data FOLDER [--own FOLDER] [--leave-one-out] [--resamples 200] [--json]
 
 The folder holds ``zeus.csv``, ``rcp.csv``, ``pollux_progress.csv``, or some of them, or the ``tidy.csv`` of `rightbatch sweep`; any other
-traces in these formats do as well. One seed
-is drawn for every size and every resample; all policies see the same draws. Regret is time at the chosen size over time at the best, both
-means over seeds, minus one; it is averaged over the cells of a workload first, then over workloads. Cost is training time in runs of the
-best size. Exit code 1: a goal does not hold.
+traces in these formats do as well. Our own trainings (prior_traces.py) are scored too, and with --leave-one-out every workload is scored
+under priors that other networks chose. One seed is drawn for every size and every resample; all policies see the same draws. Regret is
+time at the chosen size over time at the best, both means over seeds, minus one; it is averaged over the cells of a workload first, then
+over workloads. Cost is training time in runs of the best size. Exit code 1: a goal does not hold.
 """
 
 import argparse
@@ -14,76 +14,28 @@ import json
 import math
 import platform
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
-from itertools import product
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
 import replay_policies as policies
 from goals import Goal, exit_code, print_goals
 from replay_policies import Pick, Policy, Sequential
-from replay_traces import Cell, NoiseTrace, read_pollux, read_rcp, read_zeus
+from replay_priors import LeftOut, leave_out, score_settings
+from replay_scores import Score, score
+from replay_traces import Cell, NoiseTrace, read_own, read_pollux, read_rcp, read_zeus
 from rightbatch import __version__
-from rightbatch.fits.samples_curve import PRIORS, CurvePrior, LrRegime
+from rightbatch.fits.samples_curve import CurvePrior, LrRegime
 
+OWN = Path(__file__).parent / "records" / "2026-11-25_cpu_prior-traces"
 MOST_RUNS = 2.5
 PATIENT = 4.0
 """Where probes are counted and not their time, one is stopped only at so many times the best."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """What a policy does on some cells: figures of the macro mean but where it says otherwise."""
-
-    regret: float
-    median: float
-    """Over cells and resamples, all alike."""
-    p90: float
-    failing: float
-    """Share of runs at the chosen size that never reach the target."""
-    cost: float
-    probes: float
-    by_workload: dict[str, float]
-    cost_by_workload: dict[str, float]
-
-
-def score(cells: Sequence[Cell], policy: Policy, *, resamples: int, seed: int = 0) -> Score:
-    """Apply a policy to every cell, with one seed of every size drawn ``resamples`` times."""
-    rng = np.random.default_rng(seed)
-    groups: dict[str, list[tuple[float, float, float, float]]] = defaultdict(list)
-    everything: list[float] = []
-    for cell in cells:
-        time_s, failing = cell.time_s, cell.failing_share
-        best = float(time_s.min())
-        picks = [policy(cell, np.array([rng.choice(runs) for runs in cell.work])) for _ in range(resamples)]
-        regrets = [float(time_s[pick.index]) / best - 1 for pick in picks]
-        everything += regrets
-        finite = [regret for regret in regrets if math.isfinite(regret)]
-        groups[cell.workload].append(
-            (
-                float(np.mean(finite)) if finite else math.inf,
-                float(np.mean([failing[pick.index] for pick in picks])),
-                float(np.mean([pick.seconds for pick in picks])) / best,
-                float(np.mean([pick.probes for pick in picks])),
-            )
-        )
-    means = {name: np.mean(rows, axis=0) for name, rows in groups.items()}
-    regret, failing_share, cost, probes = np.mean(list(means.values()), axis=0)
-    return Score(
-        regret=float(regret),
-        median=float(np.median(everything)),
-        p90=float(np.quantile(everything, 0.9, method="higher")),
-        failing=float(failing_share),
-        cost=float(cost),
-        probes=float(probes),
-        by_workload={name: float(row[0]) for name, row in means.items()},
-        cost_by_workload={name: float(row[2]) for name, row in means.items()},
-    )
 
 
 TRAINING = {"two end probes, hyperbola": policies.hyperbola, "full one-seed sweep": policies.sweep}
@@ -131,69 +83,86 @@ def _with_noise(choose: Callable[[Cell, NoiseTrace], Pick], noise: dict[str, Noi
     return choose(cell, noise[cell.label])
 
 
-GRID = {
-    "heat": (0.0, 0.3, 0.6),
-    "critical_over_middle": (3.0, 10.0, 30.0),
-    "discrepancy_sd": (0.08, 0.15),
-}
-"""What leaving workloads out chooses the priors from; where the curve bends at small sizes is argued, not chosen (theory page)."""
+@dataclass(frozen=True)
+class Traces:
+    """What there is to score on: public traces by their form, and our own."""
+
+    zeus: Sequence[Cell]
+    rcp: Sequence[Cell]
+    pollux: Sequence[tuple[Cell, NoiseTrace]]
+    own: Sequence[Cell]
 
 
-def leave_one_out(cells: Sequence[Cell], resamples: int, make: Callable[..., Sequential]) -> dict[str, tuple[float, float, str]]:
-    """Regret and cost of each workload under the settings of ``GRID`` that are best on all the others, whatever their regime."""
-    workloads = sorted({cell.workload for cell in cells})
-    table: dict[tuple[float, ...], Score] = {}
-    for values in product(*GRID.values()):
-        changed: dict[LrRegime, CurvePrior] = {
-            regime: replace(prior, **dict(zip(GRID, values, strict=True))) for regime, prior in PRIORS.items()
-        }
-        table[values] = score(cells, make(priors=changed), resamples=resamples)
+def score_all(traces: Traces, resamples: int) -> dict[str, dict[str, Score]]:
+    """Score all policies on every kind of traces that there is."""
     found = {}
-    for left_out in workloads:
-        others = [name for name in workloads if name != left_out]
-        best = min(table, key=lambda values: float(np.mean([table[values].by_workload[name] for name in others])))
-        chosen = ", ".join(f"{name} {value:g}" for name, value in zip(GRID, best, strict=True))
-        found[left_out] = (table[best].by_workload[left_out], table[best].cost_by_workload[left_out], chosen)
+    if traces.zeus:
+        found["zeus"] = score_zeus(traces.zeus, resamples)
+    if traces.rcp:
+        found["rcp"] = score_rcp(traces.rcp, resamples)
+    if traces.pollux:
+        found["pollux"] = score_pollux(traces.pollux)
+    for regime in get_args(LrRegime):
+        cells = [cell for cell in traces.own if cell.regime == regime]
+        if cells:
+            found[f"own, {regime}"] = score_rcp(cells, resamples) if regime == "tuned" else score_zeus(cells, resamples)
     return found
 
 
-def goals_of(found: dict[str, dict[str, Score]]) -> list[Goal]:
+def leave_each_out(traces: Traces, resamples: int) -> dict[str, list[LeftOut]]:
+    """Score every workload under priors that others chose: ``left out`` by all other networks, ``own alone`` by our own of them."""
+    found: dict[str, list[LeftOut]] = {"left out": [], "own alone": []}
+    for regime in get_args(LrRegime):
+        public = [cell for cell in (*traces.zeus, *traces.rcp) if cell.regime == regime]
+        own = [cell for cell in traces.own if cell.regime == regime]
+        cells = [*public, *own]
+        if not cells:
+            continue
+        table = score_settings(cells, regime, partial(_with_priors, regime), resamples=resamples)
+        found["left out"] += leave_out(table, regime, cells, cells)
+        found["own alone"] += leave_out(table, regime, public, own)
+    return found
+
+
+def _with_priors(regime: LrRegime, priors: Mapping[LrRegime, CurvePrior]) -> Sequential:
+    return counted(2, priors=priors) if regime == "tuned" else Sequential(most_runs=MOST_RUNS, priors=priors)
+
+
+def goals_of(found: Mapping[str, Mapping[str, Score]], left_out: Mapping[str, Sequence[LeftOut]]) -> list[Goal]:
+    """Say what was to be shown, and whether it was."""
     goals: list[Goal] = []
 
     def add(name: str, value: float, unit: str, most: float) -> None:
         goals.append({"name": name, "value": round(value, 4), "unit": unit, "goal": f"<= {most:.3g}", "holds": bool(value <= most)})
 
+    def add_zeus(name: str, regret: float, cost: float, failing: float) -> None:
+        add(f"{name}: regret", 100 * regret, "%", max(1.5, 60 * found["zeus"]["full one-seed sweep"].regret))
+        add(f"{name}: cost", cost, "runs of the best size", MOST_RUNS)
+        add(f"{name}: chosen runs that never reach the target", 100 * failing, "%", 0)
+
     if "zeus" in found:
         ours = found["zeus"]["rightbatch"]
-        add("Zeus: regret", 100 * ours.regret, "%", max(1.5, 60 * found["zeus"]["full one-seed sweep"].regret))
-        add("Zeus: cost", ours.cost, "runs of the best size", MOST_RUNS)
-        add("Zeus: chosen runs that never reach the target", 100 * ours.failing, "%", 0)
+        add_zeus("Zeus", ours.regret, ours.cost, ours.failing)
+        for how, rows in left_out.items():
+            if regrets := _of(rows, ours.by_workload):
+                add_zeus(f"Zeus, {how}", *np.mean(regrets, axis=0))
     if "rcp" in found:
         peer = 100 * found["rcp"]["two end probes, hyperbola"].regret
-        add("MLPerf, 2 probes: regret", 100 * found["rcp"]["rightbatch, 2 probes"].regret, "%", peer)
+        ours = found["rcp"]["rightbatch, 2 probes"]
+        add("MLPerf, 2 probes: regret", 100 * ours.regret, "%", peer)
         add("MLPerf, 4 probes: regret", 100 * found["rcp"]["rightbatch, 4 probes"].regret, "%", 0.8 * peer)
+        for how, rows in left_out.items():
+            if regrets := _of(rows, ours.by_workload):
+                add(f"MLPerf, 2 probes, {how}: regret", 100 * float(np.mean(regrets, axis=0)[0]), "%", peer)
     if "pollux" in found:
         add("Pollux, one run: regret", 100 * found["pollux"]["rightbatch, one run"].regret, "%", 6)
     return goals
 
 
-def score_all(
-    zeus: Sequence[Cell], rcp: Sequence[Cell], pollux: Sequence[tuple[Cell, NoiseTrace]], resamples: int
-) -> dict[str, dict[str, Score]]:
-    found = {}
-    if zeus:
-        found["zeus"] = score_zeus(zeus, resamples)
-    if rcp:
-        found["rcp"] = score_rcp(rcp, resamples)
-    if pollux:
-        found["pollux"] = score_pollux(pollux)
-    return found
-
-
-def leave_each_out(zeus: Sequence[Cell], rcp: Sequence[Cell], resamples: int) -> dict[str, dict[str, tuple[float, float, str]]]:
-    named = {"zeus": (zeus, partial(Sequential, most_runs=MOST_RUNS)), "rcp, 2 probes": (rcp, partial(counted, 2))}
-    enough = {name: pair for name, pair in named.items() if len({cell.workload for cell in pair[0]}) > 1}
-    return {name: leave_one_out(cells, resamples, make) for name, (cells, make) in enough.items()}
+def _of(rows: Sequence[LeftOut], workloads: Mapping[str, float]) -> list[tuple[float, float, float]]:
+    """Regret, cost and failing share of some workloads; none unless all of them were left out."""
+    found = [(row.regret, row.cost, row.failing) for row in rows if row.workload in workloads]
+    return found if len(found) == len(workloads) else []
 
 
 def print_scores(name: str, scores: dict[str, Score]) -> None:
@@ -208,26 +177,35 @@ def print_scores(name: str, scores: dict[str, Score]) -> None:
         print(f"  {policy}: " + ", ".join(f"{workload} {100 * value:.1f} %" for workload, value in result.by_workload.items()))
 
 
-def print_left_out(name: str, found: dict[str, tuple[float, float, str]]) -> None:
-    print(f"\n{name}, each workload left out of what its prior is chosen on:")
-    for workload, (regret, cost, prior) in found.items():
-        print(f"  {workload:30}{100 * regret:7.1f} %, cost {cost:.2f}; {prior}")
-    print(f"  {'macro mean':30}{100 * float(np.mean([row[0] for row in found.values()])):7.1f} %")
+LEFT_OUT_WORDS = {
+    "left out": "Each workload under the prior that all other networks chose",
+    "own alone": "Public workloads under the prior that our own trainings chose, without any public trace",
+}
+
+
+def print_left_out(how: str, rows: Sequence[LeftOut]) -> None:
+    print(f"\n{LEFT_OUT_WORDS[how]}:")
+    for row in rows:
+        print(
+            f"  {row.workload:40}{row.regime:9}{100 * row.regret:7.1f} %, cost {row.cost:.2f}, never {100 * row.failing:.1f} %; {row.prior}"
+        )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with zeus.csv, rcp.csv, pollux_progress.csv, or some of them")
+    parser.add_argument("--own", type=Path, default=OWN, help="folder with the traces.csv of prior_traces.py")
     parser.add_argument("--resamples", type=int, default=200, help="draws of one seed a size, for each cell")
     parser.add_argument("--leave-one-out", action="store_true", help="also choose the priors on all other workloads, for each workload")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
     options = parser.parse_args()
-    zeus, rcp, pollux = read_zeus(options.data), read_rcp(options.data), read_pollux(options.data)
-    if not (zeus or rcp or pollux):
-        parser.error(f"--data must name a folder with zeus.csv, rcp.csv or pollux_progress.csv; {options.data} has none of them.")
-    found = score_all(zeus, rcp, pollux, options.resamples)
-    left_out = leave_each_out(zeus, rcp, max(1, options.resamples // 8)) if options.leave_one_out else {}
-    goals = goals_of(found)
+    data = options.data
+    traces = Traces(read_zeus(data), read_rcp(data), read_pollux(data), read_own(options.own))
+    if not (traces.zeus or traces.rcp or traces.pollux):
+        parser.error(f"--data must name a folder with zeus.csv, rcp.csv or pollux_progress.csv; {data} has none of them.")
+    found = score_all(traces, options.resamples)
+    left_out = leave_each_out(traces, max(1, options.resamples // 25)) if options.leave_one_out else {}
+    goals = goals_of(found, left_out)
     environment = {
         "versions": {"rightbatch": __version__, "python": platform.python_version(), "numpy": np.__version__},
         "resamples": options.resamples,
@@ -235,12 +213,13 @@ def main() -> int:
     }
     if options.json:
         scores = {name: {policy: vars(result) for policy, result in by_policy.items()} for name, by_policy in found.items()}
-        print(json.dumps({"goals": goals, "scores": scores, "left_out": left_out, "environment": environment}, indent=2))
+        rows = {how: [asdict(row) for row in of] for how, of in left_out.items()}
+        print(json.dumps({"goals": goals, "scores": scores, "left_out": rows, "environment": environment}, indent=2))
     else:
         for name, by_policy in found.items():
             print_scores(name, by_policy)
-        for name, rows in left_out.items():
-            print_left_out(name, rows)
+        for how, of in left_out.items():
+            print_left_out(how, of)
         print()
         print_goals(goals, environment)
     return exit_code(goals)

@@ -16,6 +16,8 @@ from rightbatch.records.training import ProbeOutcome, TrainingProbe
 
 DRAWS = 2048
 MOST_PROBES = 8
+UNIFORM_SD = 1 / math.sqrt(12)
+"""Standard deviation of what is only known to lie between two evaluations, over their distance."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,8 @@ class Sequential:
         """What training a size shows, and the seconds that it takes."""
         pace, size, limit = float(cell.seconds[index]), int(cell.sizes[index]), self.abort * best
         if math.isfinite(work) and work * pace <= limit:
-            return TrainingProbe(global_batch_size=size, outcome=ProbeOutcome.REACHED, samples=work), work * pace
+            error = cell.resolution / work * UNIFORM_SD
+            return TrainingProbe(global_batch_size=size, outcome=ProbeOutcome.REACHED, samples=work, log_error=error), work * pace
         if math.isfinite(limit):
             return TrainingProbe(global_batch_size=size, outcome=ProbeOutcome.STOPPED, samples=limit / pace), limit
         return TrainingProbe(global_batch_size=size, outcome=ProbeOutcome.FAILED, samples=cell.longest_work), cell.longest_work * pace

@@ -1,20 +1,25 @@
 """Recorded trainings, read from the files of one folder: how many epochs (or samples) each batch size needed, and how long they took.
 
-Formats, each optional: ``zeus.csv`` (measured times, rates not tuned at each size), ``rcp.csv`` (tuned rates, no times), and
-``pollux_progress.csv`` (metric and gradient noise along one run a size, no times that fit it).
+Formats, each optional: ``zeus.csv`` (measured times, rates not tuned at each size), ``rcp.csv`` (tuned rates, no times),
+``pollux_progress.csv`` (metric and gradient noise along one run a size, no times that fit it), and ``traces.csv`` (our own trainings, no
+times; prior_traces.py).
 """
 
 import csv
 import math
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
 from rightbatch.fits.samples_curve import LrRegime
 
 HALF_SATURATIONS = 6
+WINDOW = 5
+"""Sizes of a part of a ladder: memory at its upper end, or a habit at its lower, leaves people no more."""
 TARGET_SHARE = 0.97
 """A run's target, as a share of the worst run's best metric."""
 
@@ -40,6 +45,11 @@ class Cell:
     work: tuple[np.ndarray, ...]
 
     @property
+    def network(self) -> str:
+        """What is trained, whatever the optimizer and the rates: the middle of dataset/network/optimizer."""
+        return self.workload.split("/")[1] if "/" in self.workload else self.workload
+
+    @property
     def time_s(self) -> np.ndarray:
         """Mean seconds to the target over the seeds that reached it; infinite where none did."""
         means = [float(runs[np.isfinite(runs)].mean()) if np.isfinite(runs).any() else math.inf for runs in self.work]
@@ -49,6 +59,12 @@ class Cell:
     def failing_share(self) -> np.ndarray:
         """Share of the seeds that never reached the target."""
         return np.array([float((~np.isfinite(runs)).mean()) for runs in self.work])
+
+    @cached_property
+    def resolution(self) -> float:
+        """Work from one evaluation to the next, as far as the runs show: the least difference between two of them; 0 when all are alike."""
+        known = np.unique(np.concatenate([runs[np.isfinite(runs)] for runs in self.work]))
+        return float(np.diff(known).min()) if len(known) > 1 else 0.0
 
     @property
     def longest_work(self) -> float:
@@ -127,6 +143,40 @@ def read_rcp(folder: Path) -> list[Cell]:
             )
             for half in np.geomspace(sizes[0] / 4, sizes[-1], HALF_SATURATIONS)
         ]
+    return cells
+
+
+def read_own(folder: Path) -> list[Cell]:
+    """Cells with t(b) = b_half + b, of whole ladders of sizes and of both ends of them alone.
+
+    A whole ladder is scored at half-saturation sizes equal to its smallest, middle and largest size; a part of it, of the smallest or the
+    largest sizes, at its middle and its largest.
+    """
+    groups: dict[tuple[str, str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in _rows(folder / "traces.csv"):
+        groups[row["workload"], row["regime"], row["target"]][int(row["batch_size"])].append(_work(row["epochs_to_target"]))
+    cells = []
+    for (workload, regime, target), runs in groups.items():
+        ladder = sorted(runs)
+        parts = {"all": (ladder, (0.0, 0.5, 1.0))}
+        if len(ladder) > WINDOW:
+            parts |= {"smallest": (ladder[:WINDOW], (0.5, 1.0)), "largest": (ladder[-WINDOW:], (0.5, 1.0))}
+        for part, (kept, shares) in parts.items():
+            sizes = np.array(kept, dtype=float)
+            work = tuple(np.array(runs[size]) for size in kept)
+            if len(sizes) < 2 or not any(np.isfinite(of_size).any() for of_size in work):
+                continue
+            cells += [
+                Cell(
+                    workload=workload,
+                    label=f"{workload} {regime} {target} {part} b_half {half:.0f}",
+                    regime=cast("LrRegime", regime),
+                    sizes=sizes,
+                    seconds=(half + sizes) / sizes,
+                    work=work,
+                )
+                for half in (sizes[0] ** (1 - share) * sizes[-1] ** share for share in shares)
+            ]
     return cells
 
 

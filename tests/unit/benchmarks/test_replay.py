@@ -5,7 +5,6 @@ import math
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
@@ -107,27 +106,127 @@ def test_noise_of_one_run_finds_the_planted_optimum(replay, tmp_path):
     assert scores["rightbatch, one run"].regret < 0.05 < scores["largest"].regret
 
 
-def test_leaving_one_out_never_scores_a_workload_under_a_prior_chosen_on_it(replay, monkeypatch, tmp_path):
-    write(tmp_path / "zeus.csv", zeus_rows("a") + zeus_rows("b", needed=lambda size: 10 + 400 / size))
+def own_rows(workload, regime, *, needed=lambda size: 10 + size / 20, target="0.9"):
+    return [
+        {
+            "workload": workload,
+            "regime": regime,
+            "optimizer": "Adam",
+            "batch_size": size,
+            "lr": 0.1,
+            "lr_batch_size": 32,
+            "seed": seed,
+            "target": target,
+            "epochs_to_target": needed(size) if math.isfinite(needed(size)) else "",
+        }
+        for size in (8, 16, 32, 64, 128, 256, 512)
+        for seed in range(3)
+    ]
+
+
+def test_own_traces_make_cells_of_whole_ladders_and_of_their_ends(replay, tmp_path):
+    write(tmp_path / "traces.csv", own_rows("data/net/adam", "fixed") + own_rows("data/net/adam", "coupled"))
+
+    cells = replay.read_own(tmp_path)
+
+    assert [cell.regime for cell in cells] == ["fixed"] * 7 + ["coupled"] * 7
+    assert {tuple(cell.sizes) for cell in cells} == {
+        (8, 16, 32, 64, 128, 256, 512), (8, 16, 32, 64, 128), (32, 64, 128, 256, 512),
+    }  # fmt: skip
+    assert len({cell.label for cell in cells}) == len(cells)
+    assert {cell.network for cell in cells} == {"net"}
+    halves = [cell.seconds[0] * cell.sizes[0] - cell.sizes[0] for cell in cells[:3]]
+    assert halves == pytest.approx([8, 64, 512])
+
+
+def test_a_part_of_a_ladder_that_never_reached_the_target_is_no_cell(replay, tmp_path):
+    write(tmp_path / "traces.csv", own_rows("data/net/adam", "fixed", needed=lambda size: 5 if size < 32 else math.inf))
+
+    assert [cell.sizes[0] for cell in replay.read_own(tmp_path)] == [8] * 5
+
+
+@pytest.fixture
+def told(replay, monkeypatch):
+    """Scores that depend on the workload and the prior alone: each workload is best where its own knob is the smallest."""
+    import replay_priors
+
+    priors = {"a": "heat", "b": "critical_over_middle", "c": "heat", "d": "discrepancy_sd"}
     seen = []
 
     def fake_score(cells, policy, *, resamples):
-        prior = policy.priors["fixed"]
-        by_workload = {"a": prior.heat, "b": prior.critical_over_middle}
-        seen.append(prior)
-        return replay.Score(0, 0, 0, 0, 0, 0, by_workload, {"a": 1.0, "b": 2.0})
+        workloads = {cell.workload for cell in cells}
+        regime = cells[0].regime
+        seen.append((regime, workloads))
+        by_workload = {name: getattr(policy.priors[regime], priors[name.split("/")[1]]) for name in workloads}
+        ones, zeros = dict.fromkeys(workloads, 1.0), dict.fromkeys(workloads, 0.0)
+        return replay.Score(0, 0, 0, 0, 0, 0, by_workload, ones, zeros)
 
-    monkeypatch.setattr(replay, "score", fake_score)
-    found = replay.leave_one_out(replay.read_zeus(tmp_path), 1, replay.Sequential)
+    monkeypatch.setattr(replay_priors, "score", fake_score)
+    monkeypatch.setattr(
+        replay_priors,
+        "KNOBS",
+        {regime: {"heat": (0.9, 0.1), "critical_over_middle": (30.0, 3.0)} for regime in ("tuned", "coupled", "fixed")},
+    )
+    return seen
 
-    assert len(seen) == np.prod([len(values) for values in replay.GRID.values()])
-    assert "critical_over_middle 3," in found["a"][2]
-    assert "heat 0," in found["b"][2]
+
+def test_a_prior_is_chosen_on_other_networks_of_the_same_regime_only(replay, told, tmp_path):
+    write(tmp_path / "zeus.csv", zeus_rows("x/a/adam"))
+    rows = own_rows("x/b/adam", "fixed") + own_rows("x/a/sgd", "fixed") + own_rows("x/c/adam", "coupled") + own_rows("x/b/adam", "coupled")
+    write(tmp_path / "traces.csv", rows)
+    traces = replay.Traces(replay.read_zeus(tmp_path), (), (), replay.read_own(tmp_path))
+
+    found = {(row.workload, row.regime): row for row in replay.leave_each_out(traces, 1)["left out"]}
+
+    assert all(names == {"x/a/adam", "x/b/adam", "x/a/sgd"} for regime, names in told if regime == "fixed")
+    assert found["x/a/adam", "fixed"].prior == "heat 0.9, critical_over_middle 3"  # chosen by b alone: a/sgd is the same network
+    assert found["x/a/sgd", "fixed"].prior == "heat 0.9, critical_over_middle 3"
+    assert found["x/b/adam", "fixed"].prior == "heat 0.1, critical_over_middle 30"
+    assert found["x/c/adam", "coupled"].prior == "heat 0.9, critical_over_middle 3"
+    assert found["x/c/adam", "coupled"].regret == 0.9
+
+
+def test_own_alone_lets_no_public_trace_choose(replay, told, tmp_path):
+    write(tmp_path / "zeus.csv", zeus_rows("x/a/adam") + zeus_rows("y/c/adam"))
+    write(tmp_path / "traces.csv", own_rows("x/b/adam", "fixed"))
+    traces = replay.Traces(replay.read_zeus(tmp_path), (), (), replay.read_own(tmp_path))
+
+    rows = replay.leave_each_out(traces, 1)
+
+    assert {row.workload: row.prior for row in rows["own alone"]} == {
+        "x/a/adam": "heat 0.9, critical_over_middle 3",
+        "y/c/adam": "heat 0.9, critical_over_middle 3",
+    }
+    assert {row.workload: row.prior for row in rows["left out"]}["x/a/adam"] == "heat 0.1, critical_over_middle 3"
+
+
+def test_a_run_that_never_arrives_counts_as_the_largest_cost(replay):
+    import replay_priors
+
+    scored = replay.Score(0, 0, 0, 0, 0, 0, {"a": 0.1, "b": 0.0}, {}, {"a": 0.0, "b": 0.1})
+
+    assert replay_priors.loss(scored, ["a", "b"]) == pytest.approx((0.1 + 0.3) / 2)
+
+
+def test_goals_count_a_left_out_figure_only_when_every_public_workload_has_one(replay, tmp_path):
+    write(tmp_path / "zeus.csv", zeus_rows("x/a/adam") + zeus_rows("y/c/adam"))
+    found = {"zeus": replay.score_zeus(replay.read_zeus(tmp_path), 1)}
+    row = replay.LeftOut("x/a/adam", "fixed", 0.5, 3.0, 0.2, "")
+
+    names = [
+        {goal["name"]: goal for goal in replay.goals_of(found, {"left out": rows})}
+        for rows in ([row], [row, replay.LeftOut("y/c/adam", "fixed", 0.1, 1.0, 0.0, "")])
+    ]
+
+    assert "Zeus, left out: regret" not in names[0]
+    assert names[1]["Zeus, left out: regret"]["value"] == pytest.approx(30)
+    assert names[1]["Zeus, left out: cost"]["value"] == pytest.approx(2)
+    assert not names[1]["Zeus, left out: chosen runs that never reach the target"]["holds"]
 
 
 def test_document_has_goals_and_exit_code_tells_whether_they_hold(replay, tmp_path, monkeypatch, capsys):
     write(tmp_path / "zeus.csv", zeus_rows(rate=""))
-    monkeypatch.setattr(sys, "argv", ["replay.py", "--data", str(tmp_path), "--resamples", "3", "--json"])
+    monkeypatch.setattr(sys, "argv", ["replay.py", "--data", str(tmp_path), "--own", str(tmp_path), "--resamples", "3", "--json"])
 
     code = replay.main()
 
