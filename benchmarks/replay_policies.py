@@ -11,6 +11,7 @@ from replay_traces import Cell, NoiseTrace
 from rightbatch.fits.critical_batch import CALIBRATION_LOG_SD, CALIBRATION_MEDIAN, critical_batch_over_run
 from rightbatch.fits.intervals import normal_draws
 from rightbatch.fits.samples_curve import PRIORS, CurvePrior, LrRegime, draw_curves
+from rightbatch.fits.tradeoff import relative_to_best
 from rightbatch.recommend.probing import LEAST_GAIN, Candidates, choose_probed, first_probe, next_probe
 from rightbatch.records.training import ProbeOutcome, TrainingProbe
 
@@ -147,13 +148,18 @@ class _Plan:
 
 
 def _candidates(cell: Cell, prior: CurvePrior) -> Candidates:
-    curves = _curves(prior, math.sqrt(cell.sizes[0] * cell.sizes[-1]))
+    curves = _curves(prior, _middle(cell))
     return Candidates(sizes=cell.sizes, log_time=np.log(cell.seconds)[None, :], curves=curves)
 
 
 @functools.lru_cache(maxsize=64)
 def _curves(prior: CurvePrior, middle: float):
     return draw_curves(prior, middle=middle, rng=np.random.default_rng(0), n_draws=DRAWS)
+
+
+def _middle(cell: Cell) -> float:
+    """Stands for the size that the rate was tuned at, which traces do not say."""
+    return math.sqrt(cell.sizes[0] * cell.sizes[-1])
 
 
 def nearest(cell: Cell, size: float) -> int:
@@ -169,20 +175,19 @@ def noise_at_start(cell: Cell, noise: NoiseTrace) -> Pick:
 def noise_plain_mean(cell: Cell, noise: NoiseTrace) -> Pick:
     """The optimum for the mean of the noise scale over the records."""
     usable = noise.sq_norm > 0
-    return _optimum(cell, np.array([float((noise.trace[usable] / noise.sq_norm[usable]).mean())]))
+    critical = float((noise.trace[usable] / noise.sq_norm[usable]).mean())
+    return Pick(int(np.argmin((1 + cell.sizes / critical) * cell.seconds)))
 
 
 def noise_of_run(cell: Cell, noise: NoiseTrace) -> Pick:
-    """Ours from one run: its noise weighted over the run, and the prior on the calibration."""
+    """Ours from one run: its noise weighted over the run, the prior on the calibration, and what is believed of rates that went so.
+
+    Least expected regret over draws, as `recommend` chooses.
+    """
     calibration = CALIBRATION_MEDIAN * np.exp(CALIBRATION_LOG_SD * normal_draws(np.random.default_rng(0), DRAWS))
     critical = critical_batch_over_run(
         shares=noise.shares, sq_norm=noise.sq_norm, trace=noise.trace, batch_size=noise.batch_size, calibration=calibration
     )
-    return _optimum(cell, critical)
-
-
-def _optimum(cell: Cell, critical: np.ndarray) -> Pick:
-    """Least expected regret over draws of the critical size."""
-    cost = (1 + cell.sizes[None, :] / critical[:, None]) * cell.seconds[None, :]
-    regret = (cost / cost.min(axis=1, keepdims=True)).mean(axis=0)
-    return Pick(int(np.argmin(regret)))
+    curves = draw_curves(PRIORS[cell.regime], middle=_middle(cell), rng=np.random.default_rng(0), n_draws=DRAWS, critical=critical)
+    time = np.exp(curves.log_samples(cell.sizes)) * cell.seconds[None, :]
+    return Pick(int(np.argmin(relative_to_best(time).mean(axis=0))))
