@@ -25,7 +25,7 @@ OWN = Path(__file__).parent / "records" / "2026-11-25_cpu_prior-traces"
 FEWEST_SIZES = 4
 REACH = 4.0
 """How far outside the ladder a bend is looked for."""
-STEPS = 49
+STEPS = 113
 SHARPNESS = np.geomspace(0.5, 2.0, 13)
 
 

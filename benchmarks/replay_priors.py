@@ -24,8 +24,8 @@ Make = Callable[[Mapping[LrRegime, CurvePrior]], Policy]
 
 KNOBS: dict[LrRegime, Knobs] = {
     "tuned": {"critical_over_middle": (3.0, 10.0), "discrepancy_sd": (0.08, 0.15)},
-    "coupled": {"critical_over_middle": (3.0, 10.0), "low_over_middle": (0.03, 0.1), "heat": (0.1, 0.3), "discrepancy_sd": (0.08, 0.15)},
-    "fixed": {"critical_over_middle": (3.0, 10.0), "low_over_middle": (0.3, 1.0), "heat": (0.3, 0.6), "discrepancy_sd": (0.08, 0.15)},
+    "coupled": {"critical_over_middle": (3.0, 10.0), "low_over_middle": (0.01, 0.03, 0.1)},
+    "fixed": {"critical_over_middle": (1.0, 5.0, 10.0), "low_over_middle": (0.3, 1.0)},
 }
 """What is chosen from; what is the same in all was argued, or made no difference (theory page)."""
 

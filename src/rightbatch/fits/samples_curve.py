@@ -62,8 +62,8 @@ class CurvePrior:
 
 PRIORS: dict[LrRegime, CurvePrior] = {
     "tuned": CurvePrior(low_over_middle=0.0, heat=0.0, critical_over_middle=3.0),
-    "coupled": CurvePrior(low_over_middle=0.03, heat=0.3),
-    "fixed": CurvePrior(low_over_middle=1.0, heat=0.6),
+    "coupled": CurvePrior(low_over_middle=0.03, heat=0.3, critical_over_middle=3.0),
+    "fixed": CurvePrior(low_over_middle=1.0, heat=0.6, critical_over_middle=5.0, failing_over_critical=3.0),
 }
 """How each was chosen, and how it does without the data it was chosen on: docs/theory/samples_curve.md."""
 HYPERBOLA = CurvePrior(low_over_middle=0.0, heat=0.0, exponent_log_sd=0.0, discrepancy_sd=0.0)

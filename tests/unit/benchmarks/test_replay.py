@@ -5,6 +5,7 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
@@ -137,6 +138,19 @@ def test_own_traces_make_cells_of_whole_ladders_and_of_their_ends(replay, tmp_pa
     assert {cell.network for cell in cells} == {"net"}
     halves = [cell.seconds[0] * cell.sizes[0] - cell.sizes[0] for cell in cells[:3]]
     assert halves == pytest.approx([8, 64, 512])
+
+
+def test_a_run_seen_at_whole_epochs_is_known_to_within_one(replay):
+    cell = replay.Cell(
+        workload="net", label="net", regime="fixed", sizes=np.array([8.0, 16.0]), seconds=np.ones(2),
+        work=(np.array([3.0, 5.0]), np.array([4.0, math.inf])),
+    )  # fmt: skip
+
+    probe, seconds = replay.Sequential()._train(cell, 0, 5.0, math.inf)
+
+    assert cell.resolution == 1
+    assert (probe.samples, seconds) == (5.0, 5.0)
+    assert probe.log_error == pytest.approx(1 / 5 / math.sqrt(12))
 
 
 def test_a_part_of_a_ladder_that_never_reached_the_target_is_no_cell(replay, tmp_path):
