@@ -30,7 +30,8 @@ from rightbatch.engine.step import Trainee, backward_mean, clear_gradients
 from rightbatch.fits.noise_scale import fit_snapshot, noise_moments
 from rightbatch.fits.noise_stream import StepWeights, fit_noise_stream, step_moments
 from rightbatch.records.estimates import Estimate, NoiseScale, Status
-from rightbatch.records.measurements import GradientNorms, NoiseStream
+from rightbatch.records.gradient_norms import GradientNorms
+from rightbatch.records.measurements import NoiseStream
 from rightbatch.training.noise_blocks import MeasuredStep, NoiseBlocks
 from rightbatch.workload.objective import Objective
 

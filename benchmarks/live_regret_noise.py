@@ -11,7 +11,8 @@ from rightbatch.engine.rig import Rig
 from rightbatch.engine.step import Trainee, backward_mean, clear_gradients
 from rightbatch.fits.noise_scale import fit_noise_scale, is_decided
 from rightbatch.records.estimates import NoiseScale
-from rightbatch.records.measurements import GradientNoiseMeasurements, GradientNorms
+from rightbatch.records.gradient_norms import GradientNorms
+from rightbatch.records.measurements import GradientNoiseMeasurements
 
 SHARES = (0.0, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
 """Of the run's samples, where the noise is measured."""

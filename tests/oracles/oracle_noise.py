@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from rightbatch.records.measurements import GradientNorms
+from rightbatch.records.gradient_norms import GradientNorms
 
 
 def norms_of(gradients, *, micro_batch_size, block_counts, dataset_size=10**12, samples_seen=0):

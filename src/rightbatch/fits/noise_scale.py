@@ -12,7 +12,8 @@ import numpy as np
 
 from rightbatch.fits.intervals import FloatArray
 from rightbatch.records.estimates import Estimate, NoiseScale, NoiseSnapshot, Status
-from rightbatch.records.measurements import GradientNoiseMeasurements, GradientNorms, NoiseProblem
+from rightbatch.records.gradient_norms import GradientNorms
+from rightbatch.records.measurements import GradientNoiseMeasurements, NoiseProblem
 from rightbatch.units import format_number
 
 DECIDED_FACTOR = 2.4
@@ -90,7 +91,7 @@ def is_decided(norms: GradientNorms, *, factor: float = DECIDED_FACTOR) -> bool:
     return estimate.high <= factor * estimate.value and estimate.value <= factor * estimate.low
 
 
-def fit_noise_scale(measurements: GradientNoiseMeasurements) -> NoiseScale:
+def fit_noise_scale(measurements: GradientNoiseMeasurements, later: GradientNorms | None = None) -> NoiseScale:
     """Simple noise scale of the run so far: the average over its snapshots that the trade-off law asks for.
 
         B = sum w_t B_t / sum w_t,   w_t = dt_t / (1 + B_t / b)
@@ -99,15 +100,22 @@ def fit_noise_scale(measurements: GradientNoiseMeasurements) -> NoiseScale:
     w_t = dt_t b G_t / (b G_t + S_t), it is a ratio of sums in which a negative estimate of G does no harm. The interval is Fieller's
     for the two sums with the denominators b G_t + S_t held fixed, and Satterthwaite's degrees of freedom.
 
+    Args:
+        measurements: Snapshots at initialisation and along the pilot.
+        later: A snapshot further along another training of the same workload; taken in where the pilot did not come so far.
+
     Returns:
         The estimate; a ``problem`` that left nothing to estimate from gives its status and the remedy as a remark.
 
     Source:
         McCandlish et al. 2018, appendix D.1; Fieller 1954; Satterthwaite 1946.
     """
-    snapshots = tuple(fit_snapshot(norms) for norms in measurements.snapshots)
-    n = sum(sum(samples_by_block(norms)) for norms in measurements.snapshots)
-    usable = [(norms, moments) for norms in measurements.snapshots if (moments := noise_moments(norms)) is not None]
+    seen = measurements.snapshots
+    if later is not None and later.samples_seen > measurements.pilot_samples:
+        seen = (*seen, later)
+    snapshots = tuple(fit_snapshot(norms) for norms in seen)
+    n = sum(sum(samples_by_block(norms)) for norms in seen)
+    usable = [(norms, moments) for norms in seen if (moments := noise_moments(norms)) is not None]
     problem = measurements.problem
     remarks = [_REMEDY[problem]] if problem is not None else []
     if measurements.remark:
@@ -125,7 +133,7 @@ def fit_noise_scale(measurements: GradientNoiseMeasurements) -> NoiseScale:
         n=n,
         status=estimate.status,
         snapshots=snapshots,
-        pilot_samples=measurements.pilot_samples,
+        pilot_samples=max(measurements.pilot_samples, seen[-1].samples_seen if seen else 0),
         remarks=tuple(remarks),
     )
 

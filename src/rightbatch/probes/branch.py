@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from rightbatch.engine.losses import loss_sum
 from rightbatch.engine.rig import Rig, seed_everything, shuffled_epochs
 from rightbatch.engine.step import Trainee, train_step
+from rightbatch.probes.gradient_noise import snapshot
+from rightbatch.records.gradient_norms import GradientNorms
 from rightbatch.records.training import BranchMeasurements, BranchPlan, BranchProbe, ProbeOutcome, TrainingProbe
 
 EVALUATIONS = 12
@@ -26,6 +28,8 @@ _AVERAGED = 8
 """Weights along an interval whose mean is evaluated: the last alone says more of how far the rate scatters it than of where it is going."""
 _STAGE_SHARE = 0.25
 """Most of the budget that the checkpoint takes, and the first branch."""
+_NOISE_SHARE = 0.08
+"""Share of the budget for the gradient noise at the checkpoint."""
 _CHECKPOINT_SEED, _BRANCH_SEED, _HELD_OUT_SEED = 11, 12, 13
 
 
@@ -42,14 +46,24 @@ class BranchDesign(Protocol):
         """Return what a branch came to, and the target loss, which the first branch sets."""
 
 
-def measure(rig: Rig, *, checkpoint: BranchPlan, design: BranchDesign, budget_s: float) -> BranchMeasurements:
-    """Train to a checkpoint, then branch after branch from there until no more is wanted or the budget is spent.
+def measure(
+    rig: Rig,
+    *,
+    checkpoint: BranchPlan,
+    design: BranchDesign,
+    budget_s: float,
+    noise_micro_batch_size: int,
+    is_decided: Callable[[GradientNorms], bool],
+) -> BranchMeasurements:
+    """Train to a checkpoint, measure the gradient noise there, then train branch after branch until no more is wanted or the time is over.
 
     Args:
         rig: The workload on its device.
         checkpoint: How to train to the checkpoint; ``most_samples`` is where that is.
         design: Chooses and judges the branches.
         budget_s: Seconds for everything; the first branch is always trained to its end.
+        noise_micro_batch_size: Samples of one micro-batch where the noise is measured.
+        is_decided: Says whether the noise is known precisely enough.
     """
     clock = rig.meters.clock
     end_s = clock.now_s() + budget_s
@@ -62,6 +76,7 @@ def measure(rig: Rig, *, checkpoint: BranchPlan, design: BranchDesign, budget_s:
     seen = _train(rig, trainee, checkpoint, order, checkpoint.most_samples, until_s=start_s + _STAGE_SHARE * budget_s)
     affordable = int(seen * _STAGE_SHARE * budget_s / max(clock.now_s() - start_s, 1e-9))
     state = _State.of(trainee)
+    norms, _ = snapshot(rig, trainee, noise_micro_batch_size, seen, is_decided, _NOISE_SHARE * budget_s)
     held_out = _HeldOut(rig, checkpoint.micro_batch_size)
     measured = BranchMeasurements(
         checkpoint_samples=seen,
@@ -69,6 +84,7 @@ def measure(rig: Rig, *, checkpoint: BranchPlan, design: BranchDesign, budget_s:
         evaluated_samples=held_out.count,
         target_loss=None,
         probes=(),
+        checkpoint_norms=norms,
     )
     interval = 0
     while (branch := design.next_branch(measured)) is not None and not (measured.probes and clock.now_s() > end_s):

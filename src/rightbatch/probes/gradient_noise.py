@@ -10,7 +10,8 @@ from rightbatch.engine.gradients import GradientBlocks, block_limit, flat_gradie
 from rightbatch.engine.learning_rate import set_lr
 from rightbatch.engine.rig import Rig, shuffled_epochs
 from rightbatch.engine.step import Trainee, backward_mean, clear_gradients, train_step
-from rightbatch.records.measurements import GradientNoiseMeasurements, GradientNorms, NoiseProblem
+from rightbatch.records.gradient_norms import GradientNorms
+from rightbatch.records.measurements import GradientNoiseMeasurements, NoiseProblem
 
 _BLOCK_BUDGET_BYTES = 2**30
 _FIRST_TEST = 16
@@ -66,14 +67,14 @@ def measure(
     for index in range(1 + _PILOT_SNAPSHOTS):
         if index:
             samples_seen = _pilot(rig, trainee, order, pilot_batch_size, (samples_seen, milestones[index - 1]), pilot_s)
-        norms, problem = _snapshot(rig, trainee, micro_batch_size, samples_seen, is_decided, snapshot_s)
+        norms, problem = snapshot(rig, trainee, micro_batch_size, samples_seen, is_decided, snapshot_s)
         if norms is not None:
             snapshots.append(norms)
         if problem is not None or clock.now_s() - start_s > budget_s:
             break
     half_size = None
     if takes_half_size and problem is None and clock.now_s() - start_s <= budget_s:
-        half_size, _ = _snapshot(rig, trainee, micro_batch_size // 2, samples_seen, is_decided, snapshot_s)
+        half_size, _ = snapshot(rig, trainee, micro_batch_size // 2, samples_seen, is_decided, snapshot_s)
     return GradientNoiseMeasurements(
         snapshots=tuple(snapshots),
         pilot_batch_size=pilot_batch_size,
@@ -106,7 +107,7 @@ def _pilot(rig: Rig, trainee: Trainee, order: Iterator[int], batch_size: int, sa
     return seen
 
 
-def _snapshot(
+def snapshot(
     rig: Rig,
     trainee: Trainee,
     micro_batch_size: int,
@@ -114,9 +115,20 @@ def _snapshot(
     is_decided: Callable[[GradientNorms], bool],
     budget_s: float,
 ) -> tuple[GradientNorms | None, NoiseProblem | None]:
-    """Add micro-batches at frozen parameters, testing at every doubling, until decided or out of budget or data.
+    """Measure the noise at frozen parameters: add micro-batches until decided, which every doubling tests, or out of budget or data.
 
     Samples are drawn without replacement, as in an epoch; its last, smaller micro-batch is left out.
+
+    Args:
+        rig: The workload on its device.
+        trainee: The model; its gradients are cleared.
+        micro_batch_size: Samples of one micro-batch.
+        samples_seen: Samples that it was trained on.
+        is_decided: Says whether it is precise enough.
+        budget_s: Seconds; eight micro-batches are taken in any case.
+
+    Returns:
+        The sums, or why there are none.
     """
     available = rig.train_size // micro_batch_size
     if available < 2:

@@ -45,7 +45,8 @@ def judge(
     memory = fit_memory(measurements.memory) if measurements.memory is not None else None
     step_time = fit_step_time(measurements.step_time) if measurements.step_time is not None else None
     loader = fit_loader(measurements.loader) if measurements.loader is not None else None
-    noise_scale = fit_noise_scale(measurements.gradient_noise) if measurements.gradient_noise is not None else None
+    later = measurements.branches.checkpoint_norms if measurements.branches is not None else None
+    noise_scale = fit_noise_scale(measurements.gradient_noise, later) if measurements.gradient_noise is not None else None
     lr_range = fit_lr_range(measurements.lr_range) if measurements.lr_range is not None else None
     draws = tradeoff = None
     if step_time is not None:

@@ -244,6 +244,7 @@ class NoiseScale(Record):
     status: Status
     snapshots: tuple[NoiseSnapshot, ...]
     pilot_samples: NonNegativeInt
+    """How far a training was followed."""
     remarks: tuple[str, ...] = ()
     """What limits the estimate and what to do about it."""
 

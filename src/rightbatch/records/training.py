@@ -4,6 +4,7 @@ from enum import StrEnum
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from rightbatch.records.gradient_norms import GradientNorms
 from rightbatch.records.record import Record
 
 
@@ -80,4 +81,6 @@ class BranchMeasurements(Record):
     target_loss: float | None
     """None when no branch could be trained."""
     probes: tuple[BranchProbe, ...]
+    checkpoint_norms: GradientNorms | None = None
+    """Gradient noise at the checkpoint; none where it could not be measured."""
     remark: str = ""

@@ -252,7 +252,16 @@ class Measuring:
         plan = plan_verification(findings, budget_s)
         if isinstance(plan, str):
             return no_branches(plan)
-        outcome = self._host.call(partial(branch.measure, checkpoint=plan.checkpoint, design=plan, budget_s=budget_s))
+        outcome = self._host.call(
+            partial(
+                branch.measure,
+                checkpoint=plan.checkpoint,
+                design=plan,
+                budget_s=budget_s,
+                noise_micro_batch_size=plan.noise_micro_batch_size,
+                is_decided=noise_fit.is_decided,
+            )
+        )
         if isinstance(outcome, Completed):
             return outcome.value
         return no_branches(f"The answer was not checked by training, because memory ran out ({words(outcome)}).")

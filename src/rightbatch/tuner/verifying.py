@@ -38,12 +38,14 @@ class Verification:
         candidates: The same sizes, with what is believed of them.
         first: Place of the size that was recommended.
         checkpoint: How to train to where the branches part.
+        noise_micro_batch_size: Samples of one micro-batch where the gradient noise is measured there: those of the pilot.
     """
 
     checkpoint: BranchPlan
     branches: tuple[BranchPlan, ...]
     candidates: Candidates
     first: int
+    noise_micro_batch_size: int
 
     def next_branch(self, measured: BranchMeasurements) -> BranchPlan | None:
         """Return the size that would be chosen now, if it was not trained yet, else the one that tells most for its time; none to stop.
@@ -103,7 +105,7 @@ def plan_verification(findings: Findings, budget_s: float, *, rng_seed: int = 0)
     """
     plan, tradeoff, noise = findings.recommendation.plan, findings.tradeoff, findings.noise_scale
     belief = None if noise is None else critical_belief(noise, np.random.default_rng(rng_seed), N_DRAWS)
-    if plan is None or tradeoff is None or belief is None:
+    if plan is None or tradeoff is None or noise is None or belief is None:
         return "The answer was not checked by training, because the gradient noise left no prediction to check."
     points = [point for point in tradeoff.points if point.global_batch_size <= findings.workload.train_size]
     pace_s = {point.global_batch_size: 1 / point.samples_per_s for point in points}
@@ -139,6 +141,7 @@ def plan_verification(findings: Findings, budget_s: float, *, rng_seed: int = 0)
         branches=branches,
         candidates=Candidates(sizes=sizes, log_time=log_time, curves=at_checkpoint, run=over_run),
         first=first,
+        noise_micro_batch_size=noise.snapshots[-1].micro_batch_size if noise.snapshots else branches[first].micro_batch_size,
     )
 
 

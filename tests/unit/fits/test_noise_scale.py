@@ -177,6 +177,21 @@ def test_interval_of_the_run_covers_its_weighted_average():
     assert 0.925 <= covered / repeats <= 0.975
 
 
+def test_a_later_snapshot_of_another_training_counts_as_one_of_the_pilots_and_an_earlier_one_not():
+    rng = np.random.default_rng(7)
+
+    def at(samples_seen, scale):
+        gradients = gaussian_gradients(rng, samples=M * 36, noise_scale=scale, dimension=40)
+        return norms_of(gradients, micro_batch_size=M, block_counts=(3,) * 12, samples_seen=samples_seen)
+
+    start, end, later = at(0, 20.0), at(1000, 60.0), at(4000, 120.0)
+
+    whole = fit_noise_scale(_measurements(start, end, later).model_copy(update={"pilot_samples": 4000}))
+    pilot = _measurements(start, end).model_copy(update={"pilot_samples": 1000})
+    assert fit_noise_scale(pilot, later) == whole
+    assert fit_noise_scale(pilot, at(1000, 120.0)) == fit_noise_scale(pilot)
+
+
 def test_fieller_interval_is_the_set_a_test_does_not_reject():
     moments = NoiseMoments(trace=40.0, sq_norm=1.0, var_trace=9.0, cov=-0.2, var_sq_norm=0.02, dof=9)
 

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from cases import rig_of, sgd, vectors
 from rightbatch.probes import branch
+from rightbatch.records.measurements import NoiseProblem
 from rightbatch.records.training import BranchPlan, ProbeOutcome
 from rightbatch.workload.ingredients import Workload
 
@@ -51,7 +52,18 @@ def rig(**changes):
 
 
 def measure(*plans, on=None, budget_s=60.0, target=-math.inf, checkpoint=None):
-    return branch.measure(on or rig(), checkpoint=checkpoint or plan(samples=16), design=Script(plans, target), budget_s=budget_s)
+    return measured_by(Script(plans, target), on or rig(), checkpoint=checkpoint or plan(samples=16), budget_s=budget_s)
+
+
+def measured_by(design, on, *, checkpoint=None, budget_s=60.0):
+    return branch.measure(
+        on,
+        checkpoint=checkpoint or plan(samples=16),
+        design=design,
+        budget_s=budget_s,
+        noise_micro_batch_size=2,
+        is_decided=lambda norms: False,
+    )
 
 
 def test_the_same_branch_twice_gives_the_same_losses():
@@ -96,6 +108,17 @@ def test_what_is_evaluated_is_the_mean_of_the_weights_along_an_interval_and_trai
     assert [after / before for before, after in pairwise(losses)] == pytest.approx([0.9**16] * 11, rel=1e-9)
 
 
+def test_gradient_noise_is_measured_at_the_checkpoint_and_changes_no_branch(monkeypatch):
+    measured = measure(plan())
+    monkeypatch.setattr(branch, "snapshot", lambda *arguments: (None, NoiseProblem.DATASET_TOO_SMALL))
+    without = measure(plan())
+
+    norms = measured.checkpoint_norms
+    assert (norms.samples_seen, norms.micro_batch_size, sum(norms.block_counts)) == (measured.checkpoint_samples, 2, 32)
+    assert without.checkpoint_norms is None
+    assert measured.probes == without.probes
+
+
 def test_learning_rate_of_a_branch_is_the_workloads_own_times_its_factor():
     own = rig().new_trainee().optimizer.param_groups[0]["lr"]
 
@@ -134,7 +157,7 @@ def test_a_branch_that_the_clock_cuts_short_is_left_out():
             clock.calls_left = 1 if measured.probes else math.inf
             return super().next_branch(measured)
 
-    measured = branch.measure(on, checkpoint=plan(samples=16), design=Late((plan(), plan())), budget_s=1.0)
+    measured = measured_by(Late((plan(), plan())), on, budget_s=1.0)
 
     assert len(measured.probes) == 1
     assert "a larger --budget checks more sizes" in measured.remark
@@ -161,7 +184,7 @@ def test_without_a_target_the_reason_is_said_and_kept():
         def conclude(self, probe, measured):
             return probe.result, None
 
-    measured = branch.measure(rig(), checkpoint=plan(samples=16), design=Undecided((plan(),)), budget_s=60.0)
+    measured = measured_by(Undecided((plan(),)), rig())
 
     assert measured.target_loss is None
     assert "give a larger --budget" in measured.remark

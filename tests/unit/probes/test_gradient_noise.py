@@ -102,7 +102,7 @@ def test_a_snapshot_changes_no_parameter():
     rig = tiny()
     trainee = rig.new_trainee()
     before = [p.detach().clone() for p in trainee.parameters]
-    gradient_noise._snapshot(rig, trainee, 4, 0, lambda norms: True, 60.0)
+    gradient_noise.snapshot(rig, trainee, 4, 0, lambda norms: True, 60.0)
     assert all(torch.equal(p, b) for p, b in zip(trainee.parameters, before, strict=True))
     assert all(p.grad is None for p in trainee.parameters)
 
@@ -115,7 +115,7 @@ def test_a_snapshot_stops_at_the_first_doubling_that_is_decided():
         return asked[-1] >= 32
 
     rig = tiny(train=vectors(400))
-    norms, problem = gradient_noise._snapshot(rig, rig.new_trainee(), 4, 0, is_decided, 60.0)
+    norms, problem = gradient_noise.snapshot(rig, rig.new_trainee(), 4, 0, is_decided, 60.0)
     assert (asked, sum(norms.block_counts), problem) == ([16, 32], 32, None)
 
 
@@ -130,7 +130,7 @@ def test_a_spent_budget_still_takes_eight_micro_batches_a_snapshot():
 def test_the_planted_noise_is_in_the_norms():
     device = FakeDevice()
     rig = planted_rig(device, planted_workload(device, planted_samples(50.0, 1000, 1), lr=1e-9))()
-    norms, _ = gradient_noise._snapshot(rig, rig.new_trainee(), 10, 0, lambda norms: False, 60.0)
+    norms, _ = gradient_noise.snapshot(rig, rig.new_trainee(), 10, 0, lambda norms: False, 60.0)
     count = sum(norms.block_counts)
     mean_sq = sum(norms.block_sq_norm_sums) / count
     sq_mean = sum(map(sum, norms.block_gram)) / count**2
@@ -201,7 +201,7 @@ def test_micro_batches_whose_gradient_is_not_finite_are_skipped_and_counted():
 
     rig = tiny(loss=sometimes)
     rig._loss_is_sum = False
-    norms, problem = gradient_noise._snapshot(rig, rig.new_trainee(), 4, 0, lambda n: False, 60.0)
+    norms, problem = gradient_noise.snapshot(rig, rig.new_trainee(), 4, 0, lambda n: False, 60.0)
     assert problem is None
     assert norms.skipped_micro_batches > 0
     assert sum(norms.block_counts) + norms.skipped_micro_batches == 16
