@@ -6,8 +6,8 @@ Three small CNNs (CIFAR-10 only with --data; the trainings that are kept saw its
 returns a ``rightbatch.Workload`` with ``valid``, ``metric``, ``optimizer`` and ``lr_batch_size`` when called without arguments. The file
 names what to reach: ``TARGETS = {"function": "accuracy>=0.9"}`` (the word before >= is only a name), and may hold ``SIZES`` and ``SEEDS``.
 Only trainings that the truth file lacks are made. Samples to the target do not depend on how busy the machine is; seconds are samples times
-the median processor seconds a sample of interleaved rounds over all sizes. On a machine that others use, `find` gets a budget that is
-longer by what they take. One thread, on the CPU. Exit code 1: a goal does not hold.
+the median processor seconds a sample of interleaved rounds over all sizes. `find` is asked five times, each with another seed; on a machine
+that others use, it gets a budget that is longer by what they take. One thread, on the CPU. Exit code 1: a goal does not hold.
 """
 
 import argparse
@@ -92,11 +92,10 @@ class Question:
             for verify in (False, True)
             for seed in range(ASKS)
         }
-        first = next(iter(answers.values()))
+        findings = next(iter(answers.values()))[1]
         if elsewhere:
             ends = policies.find_elsewhere(partial(ask, verify=False), self.workload, lr, tuned)
             answers |= {f"find, rate from the {end} size": answer for end, answer in zip(("smallest", "largest"), ends, strict=True)}
-        findings = first[1]
         listed = [policy for policy, _, _ in answers.values() if policy is not None]
         listed += policies.others(findings, lr, self.train_size, max(self.sizes))
         return listed, findings, tuple(f"{name}: {why}" for name, (_, _, why) in answers.items() if why)

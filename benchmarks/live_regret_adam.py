@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import TensorDataset
 
 import rightbatch as rb
 
@@ -13,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from digits import accuracy
 from fashion_mnist import FashionMnist
+from held_samples import FASHION_MNIST, held
 
-FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
 TARGETS = {"adam_mlp": "accuracy>=0.84", "adamw_cnn": "accuracy>=0.80"}
 SIZES = dict.fromkeys(TARGETS, (16, 32, 64, 128, 256, 512, 1024))
 
@@ -44,17 +43,11 @@ def _workload(name: str, net: object, optimizer: object, *, tuned_at: int) -> rb
     return rb.Workload(
         name=name,
         model=net,
-        train=_held("train", 20_000),
-        valid=_held("t10k", 2_000),
+        train=held(FashionMnist(FASHION_MNIST, "train"), 20_000),
+        valid=held(FashionMnist(FASHION_MNIST, "t10k"), 2_000),
         loss=nn.functional.cross_entropy,
         optimizer=optimizer,
         lr_batch_size=tuned_at,
         metric=accuracy,
         num_workers=0,
     )
-
-
-def _held(part: str, count: int) -> TensorDataset:
-    dataset = FashionMnist(FASHION_MNIST, part)
-    samples = [dataset[index] for index in range(count)]
-    return TensorDataset(torch.stack([image for image, _ in samples]), torch.tensor([int(label) for _, label in samples]))

@@ -4,7 +4,6 @@ import ast
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -65,7 +64,7 @@ class Truth:
 
     def __init__(self, path: Path, name: str, fingerprint: str, train: Train, say: Callable[[str], None] = lambda _: None) -> None:
         self._path, self._name, self._fingerprint, self._train, self._say = path, name, fingerprint, train, say
-        kept = _read(path).get(name, {})
+        kept = read_kept(path).get(name, {})
         rows = kept["trainings"] if kept.get("fingerprint") == fingerprint else []
         self._trainings = {(row["size"], row["lr"], row["seed"]): Training(**row) for row in rows}
         self._asked: set[tuple[int, float, int]] = set()
@@ -103,14 +102,10 @@ class Truth:
         return tuple(found)
 
     def _write(self) -> None:
-        document = _read(self._path)
+        document = dict(read_kept(self._path))
         rows = [asdict(self._trainings[key]) for key in sorted(self._trainings)]
         document[self._name] = {"fingerprint": self._fingerprint, "trainings": rows}
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        part = self._path.with_suffix(".part")
-        lines = json.dumps(document, indent=1)
-        part.write_text(lines + "\n")
-        os.replace(part, self._path)  # noqa: PTH105  # the atomic one
+        write_kept(self._path, json.dumps(document, indent=1) + "\n")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,5 +211,14 @@ def rounded(lr: float) -> float:
     return float(f"{lr:.6g}")
 
 
-def _read(path: Path) -> Mapping[str, dict]:
+def write_kept(path: Path, text: str) -> None:
+    """Put a text in the place of a file at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def read_kept(path: Path) -> Mapping[str, dict]:
+    """Return the trainings that a file keeps by workload; nothing without the file."""
     return json.loads(path.read_text()) if path.is_file() else {}

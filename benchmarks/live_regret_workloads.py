@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset, TensorDataset, random_split
 
 import rightbatch as rb
@@ -17,8 +17,8 @@ from cifar10 import Cifar10
 from digits import Net as DigitsNet
 from digits import accuracy
 from fashion_mnist import FashionMnist
+from held_samples import FASHION_MNIST, held
 
-FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
 TARGETS = {"digits": "accuracy>=0.97", "fashion_mnist": "accuracy>=0.82", "cifar10": "accuracy>=0.48"}
 SIZES = {
     "digits": (8, 16, 32, 64, 128, 256, 512, 1024),
@@ -35,7 +35,7 @@ def digits() -> rb.Workload:
     images, labels = load_digits(return_X_y=True)
     whole = TensorDataset(torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16, torch.tensor(labels))
     train, valid = random_split(whole, [1200, 597], generator=torch.Generator().manual_seed(0))
-    return _workload("digits", lambda: DigitsNet(32), _held(train, 1200), _held(valid, 597), lr=0.1, tuned_at=64)
+    return _workload("digits", lambda: DigitsNet(32), held(train, 1200), held(valid, 597), lr=0.1, tuned_at=64)
 
 
 def fashion_mnist() -> rb.Workload:
@@ -48,7 +48,7 @@ def fashion_mnist() -> rb.Workload:
             *(nn.Flatten(), nn.Linear(2 * width * 3 * 3, 64), nn.ReLU(), nn.Linear(64, 10)),
         )
 
-    train, valid = _held(FashionMnist(FASHION_MNIST, "train"), 20_000), _held(FashionMnist(FASHION_MNIST, "t10k"), 2_000)
+    train, valid = held(FashionMnist(FASHION_MNIST, "train"), 20_000), held(FashionMnist(FASHION_MNIST, "t10k"), 2_000)
     return _workload("fashion_mnist", net, train, valid, lr=0.02, tuned_at=32)
 
 
@@ -61,7 +61,7 @@ def cifar10(data: str) -> rb.Workload:
             layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
         return nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * width * 4 * 4, 10))
 
-    train, valid = _held(Cifar10(data, "train"), 20_000), _held(Cifar10(data, "test"), 2_000)
+    train, valid = held(Cifar10(data, "train"), 20_000), held(Cifar10(data, "test"), 2_000)
     return _workload("cifar10", net, train, valid, lr=0.05, tuned_at=128)
 
 
@@ -77,10 +77,3 @@ def _workload(name: str, net: object, train: Dataset, valid: Dataset, *, lr: flo
         metric=accuracy,
         num_workers=0,
     )
-
-
-def _held(dataset: Dataset, count: int) -> TensorDataset:
-    """Hold the first samples of a dataset as two tensors, so that reading is no part of what is compared."""
-    samples = [dataset[index] for index in range(count)]
-    images: Tensor = torch.stack([image for image, _ in samples])
-    return TensorDataset(images, torch.tensor([int(label) for _, label in samples]))

@@ -16,7 +16,6 @@ import csv
 import hashlib
 import json
 import math
-import os
 import platform
 import sys
 import time
@@ -30,6 +29,7 @@ import torch
 
 import prior_traces_workloads as workloads
 from live_regret_training import Trainer
+from live_regret_truth import read_kept, write_kept
 from prior_traces_workloads import Ladder
 from rightbatch.fits.lr_scaling import SGD_FAMILY
 
@@ -40,11 +40,11 @@ PROTOCOL = 1
 """Raised when a change here alters how a training goes: curves of another protocol are not used."""
 HEADER = ("workload", "regime", "optimizer", "batch_size", "lr", "lr_batch_size", "seed", "target", "epochs_to_target")
 TUNED = {
-    "digits": ("digits/wide-cnn/sgd", 1200, 64),
-    "fashion_mnist": ("fashion-mnist/cnn/sgd", 20_000, 32),
-    "cifar10": ("cifar10/bn-cnn/sgd", 20_000, 128),
+    "digits": ("digits/wide-cnn/sgd", 1200, 64, 0.1),
+    "fashion_mnist": ("fashion-mnist/cnn/sgd", 20_000, 32, 0.02),
+    "cifar10": ("cifar10/bn-cnn/sgd", 20_000, 128, 0.05),
 }
-"""Name, training samples and ``lr_batch_size`` of the workloads of live_regret.py."""
+"""Name, training samples, ``lr_batch_size`` and rate of the workloads of live_regret.py."""
 LOOSE_SHARE = 0.97
 
 
@@ -98,7 +98,7 @@ class Curves:
 
     def __init__(self, path: Path, name: str, key: str) -> None:
         self._path, self._name, self._key = path, name, key
-        kept = _read(path).get(name, {})
+        kept = read_kept(path).get(name, {})
         rows = kept["curves"] if kept.get("fingerprint") == key else []
         self._known = {(row["size"], row["lr"], row["seed"]): Curve(**{**row, "metric": tuple(row["metric"])}) for row in rows}
 
@@ -117,13 +117,10 @@ class Curves:
         return self._known[size, lr, seed]
 
     def _write(self) -> None:
-        document = dict(_read(self._path))
+        document = dict(read_kept(self._path))
         document[self._name] = {"fingerprint": self._key, "curves": [vars(self._known[key]) for key in sorted(self._known)]}
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        part = self._path.with_suffix(".part")
         text = ",\n".join(f"{json.dumps(name)}: {json.dumps(value, separators=(',', ':'))}" for name, value in document.items())
-        part.write_text(f"{{{text}}}\n")
-        os.replace(part, self._path)  # noqa: PTH105  # the atomic one
+        write_kept(self._path, f"{{{text}}}\n")
 
 
 def fingerprint(name: str) -> str:
@@ -159,12 +156,16 @@ def rows_of(ladder: Ladder, curves: Mapping[str, Sequence[Curve]]) -> Iterator[t
 
 
 def tuned_rows(path: Path) -> Iterator[tuple[object, ...]]:
-    """The lines of the sweeps that are kept: every size at the rate of fewest samples that all seeds reached the target with."""
-    for name, kept in _read(path).items():
-        workload, train_size, base_size = TUNED[name]
+    """The lines of the sweeps that are kept: every size at the rate of fewest samples that all seeds reached the target with.
+
+    Sweeps try a rate times powers of two; other rates are those of plans that were trained beside them.
+    """
+    for name, kept in read_kept(path).items():
+        workload, train_size, base_size, base_lr = TUNED[name]
         samples: dict[tuple[int, float], dict[int, float | None]] = defaultdict(dict)
         for row in kept["trainings"]:
-            samples[row["size"], row["lr"]][row["seed"]] = row["samples_to_target"]
+            if math.log2(row["lr"] / base_lr).is_integer():
+                samples[row["size"], row["lr"]][row["seed"]] = row["samples_to_target"]
         whole = {key: list(of.values()) for key, of in samples.items() if len(of) >= SEEDS and None not in of.values()}
         for size in sorted({size for size, _ in whole if size & (size - 1) == 0}):
             lr = min((lr for other, lr in whole if other == size), key=lambda lr: mean(whole[size, lr]))
@@ -206,10 +207,6 @@ def main() -> None:
         lines += tuned_rows(SWEEPS)
         with (options.out / "traces.csv").open("w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([HEADER, *lines])
-
-
-def _read(path: Path) -> Mapping[str, dict]:
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 if __name__ == "__main__":

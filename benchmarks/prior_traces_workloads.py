@@ -23,8 +23,8 @@ from cifar10 import Cifar10
 from digits import Net as DigitsNet
 from digits import accuracy
 from fashion_mnist import FashionMnist
+from held_samples import FASHION_MNIST, held
 
-FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 CHARACTERS = 97
 """A printable character each, and one for all others."""
@@ -228,16 +228,11 @@ def _digits() -> Data:
 
 
 def _fashion() -> Data:
-    return _held(FashionMnist(FASHION_MNIST, "train"), 8_000), _held(FashionMnist(FASHION_MNIST, "t10k"), 1_500)
+    return held(FashionMnist(FASHION_MNIST, "train"), 8_000), held(FashionMnist(FASHION_MNIST, "t10k"), 1_500)
 
 
 def _cifar(data: str) -> Data:
-    return _held(Cifar10(data, "train"), 5_000), _held(Cifar10(data, "test"), 1_000)
-
-
-def _held(dataset: torch.utils.data.Dataset, count: int) -> TensorDataset:
-    samples = [dataset[index] for index in range(count)]
-    return TensorDataset(torch.stack([image for image, _ in samples]), torch.tensor([int(label) for _, label in samples]))
+    return held(Cifar10(data, "train"), 5_000), held(Cifar10(data, "test"), 1_000)
 
 
 def _sources() -> list[str]:

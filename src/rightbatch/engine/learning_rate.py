@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+_RATES = ("lr", "initial_lr")
+
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float | None) -> None:
     """Bring the first parameter group to a learning rate, and the others by the same factor.
@@ -13,11 +15,16 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float | None) -> None:
     """
     if lr is None:
         return
-    groups = optimizer.param_groups
-    factor = lr / float(groups[0]["lr"])
-    for group in groups:
-        for key in ("lr", "initial_lr"):
+    first = optimizer.param_groups[0]
+    scale_lr(optimizer, lr / float(first["lr"]))
+    first.update({key: lr for key in _RATES if key in first and not isinstance(first[key], Tensor)})  # exactly
+
+
+def scale_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Multiply the learning rate of every parameter group, and where schedules start from."""
+    for group in optimizer.param_groups:
+        for key in _RATES:
             if isinstance(group.get(key), Tensor):
                 group[key].mul_(factor)
             elif key in group:
-                group[key] = lr if group is groups[0] else group[key] * factor
+                group[key] *= factor

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from rightbatch.engine.learning_rate import scale_lr
 from rightbatch.engine.losses import loss_sum
 from rightbatch.engine.rig import Rig, seed_everything, shuffled_epochs
 from rightbatch.engine.step import Trainee, train_step
@@ -168,11 +169,6 @@ def _train(rig: Rig, trainee: Trainee, branch: BranchPlan, order: Iterator[int],
     return seen
 
 
-def _scale_lr(trainee: Trainee, factor: float) -> None:
-    for group in trainee.optimizer.param_groups:
-        group["lr"] = group["lr"] * factor
-
-
 class _Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -196,7 +192,7 @@ class _State:
         for name, part in _stateful(trainee).items():
             part.load_state_dict(parts[name])
         trainee.model.train()
-        _scale_lr(trainee, lr_factor)
+        scale_lr(trainee.optimizer, lr_factor)
         seed_everything(_BRANCH_SEED)
 
 

@@ -1,6 +1,7 @@
 """The trainings that priors are set on: rates, targets, epochs to them, and what the file of curves keeps."""
 
 import csv
+import json
 import math
 import sys
 from types import SimpleNamespace
@@ -114,6 +115,16 @@ def test_the_fingerprint_of_a_ladder_ignores_the_others_and_sees_its_own(tmp_pat
     assert of("def a(): return 1  # why\ndef b(): return 3\n") == before
     assert of("def a(): return 4\ndef b(): return 2\n") != before
     assert of("SHARED = 1\ndef a(): return 1\ndef b(): return 2\n") != before
+
+
+def test_a_sweep_that_is_kept_counts_at_the_best_of_its_own_rates_and_not_at_those_of_plans(tmp_path):
+    needed = {0.1: 3000.0, 0.05: 2400.0, 0.07: 1200.0, 0.2: None}
+    trainings = [{"size": 64, "lr": lr, "seed": seed, "samples_to_target": value} for lr, value in needed.items() for seed in range(3)]
+    (tmp_path / "truth.json").write_text(json.dumps({"digits": {"trainings": trainings}}))
+
+    rows = list(prior_traces.tuned_rows(tmp_path / "truth.json"))
+
+    assert [(size, lr, seed, epochs) for _, _, _, size, lr, _, seed, _, epochs in rows] == [(64, 0.05, seed, "2") for seed in range(3)]
 
 
 def test_a_row_without_epochs_never_reached_its_target():

@@ -107,6 +107,19 @@ def test_noise_of_one_run_finds_the_planted_optimum(replay, tmp_path):
     assert scores["rightbatch, one run"].regret < 0.05 < scores["largest"].regret
 
 
+def test_the_choice_from_one_run_believes_what_its_rates_did(replay):
+    traces = importlib.import_module("replay_traces")
+    sizes = np.array([20.0, 40.0, 80.0, 160.0, 320.0])
+    noise = traces.NoiseTrace(batch_size=20.0, shares=np.ones(4), sq_norm=np.ones(4), trace=np.full(4, 100.0))
+
+    def chosen(regime):
+        cell = traces.Cell(workload="net", label=regime, regime=regime, sizes=sizes, seconds=1 + 1 / sizes, work=(np.ones(1),) * 5)
+        return sizes[replay.policies.noise_of_run(cell, noise).index]
+
+    assert chosen("tuned") == 20  # nothing is gained by a size, and small ones need fewest samples
+    assert chosen("fixed") > chosen("tuned")  # where the rate was too hot for it
+
+
 def own_rows(workload, regime, *, needed=lambda size: 10 + size / 20, target="0.9"):
     return [
         {

@@ -66,10 +66,17 @@ def test_target_is_the_loss_after_most_of_the_first_branch():
         tuple((100 * i, 1.0 + 0.1 * (-1) ** i) for i in range(1, 17)),
         tuple((100 * i, math.nan) for i in range(1, 17)),
         falling(points=3),
+        tuple((100 * i, 1.0 - 0.01 * i + 0.1 * (-1) ** i) for i in range(1, 17)),  # a fall of 1.2 times the scatter
     ],
 )
 def test_no_target_without_a_fall_that_can_be_told_from_the_scatter(losses):
     assert target_loss(losses) is None
+
+
+def test_a_fall_of_three_times_the_scatter_is_a_target():
+    losses = tuple((100 * i, 1.0 - 0.025 * i + 0.1 * (-1) ** i) for i in range(1, 17))
+
+    assert target_loss(losses) == pytest.approx(1.0 - 0.025 * 13.6, abs=0.05)
 
 
 def test_a_branch_above_a_floor_has_stalled_where_the_first_one_went_on():

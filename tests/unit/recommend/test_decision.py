@@ -11,6 +11,7 @@ from rightbatch.recommend import judge, recommend
 from rightbatch.records.estimates import Status
 from rightbatch.records.measurements import GradientNoiseMeasurements, Measurements, MemoryLimit, MemoryMeasurements
 from rightbatch.records.plan import Binding, Constraints, Goal, Objective
+from rightbatch.records.training import BranchMeasurements
 from rightbatch.units import MIB
 
 SIZES = (16, 32, 64, 128, 256, 512, 1024)
@@ -281,6 +282,24 @@ def test_judge_recovers_a_planted_answer():
     assert findings.noise_scale.low <= 100 <= findings.noise_scale.high
     assert findings.recommendation.plan.global_batch_size in (64, 128, 256)
     assert findings.memory.ceiling == 1024
+
+
+def test_judge_takes_the_noise_at_a_later_checkpoint_into_the_runs():
+    gradients = gaussian_gradients(np.random.default_rng(5), samples=480, noise_scale=400.0, dimension=200)
+    later = norms_of(gradients, micro_batch_size=4, block_counts=(6,) * 20, samples_seen=20_000)
+    checked = BranchMeasurements(
+        checkpoint_samples=20_000,
+        checkpoint_batch_size=64,
+        evaluated_samples=512,
+        target_loss=None,
+        probes=(),
+        checkpoint_norms=later,
+    )
+
+    before, after = _judge(_measurements()).noise_scale, _judge(_measurements(branches=checked)).noise_scale
+
+    assert [snapshot.samples_seen for snapshot in after.snapshots] == [0, 2000, 20_000]
+    assert after.value > 1.3 * before.value
 
 
 def test_judge_of_one_part_alone_has_no_plan_or_the_knee():
