@@ -88,7 +88,7 @@ def forecast_schedule(
         rng=rng,
     )
     if costs is None:
-        return _nothing("No timed size is allowed: raise --max-batch or the limit.")
+        return _nothing("No timed size is allowed: raise --max-global-batch or the limit.")
     smallest_timed = round(costs.measured_sizes[0] * costs.world_size)
     if step_time.status is Status.INCONSISTENT and min(_ends(schedule), default=smallest_timed) < smallest_timed:
         return _nothing(

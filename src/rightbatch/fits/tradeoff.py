@@ -59,7 +59,7 @@ class CostDraws:
     loader_samples_per_s: FloatArray | None
     """Of one process, one number a draw; none when the loader was not measured."""
     curves: CurveDraws | None
-    """Samples to the target; none when the noise is unknown."""
+    """Samples to the target; none when neither a sweep nor the noise tells them."""
     energy_per_step_j: FloatArray | None
     """One number a candidate."""
     measured_sizes: FloatArray
@@ -74,7 +74,7 @@ class CostDraws:
 
     @property
     def critical_batch_size(self) -> FloatArray | None:
-        """In samples, one number a draw; none when the noise is unknown."""
+        """In samples, one number a draw; none without curves."""
         return None if self.curves is None else np.asarray(np.exp(self.curves.log_critical))
 
     @property
@@ -93,7 +93,7 @@ class CostDraws:
         return np.maximum(compute_time_s, sizes[None, :] / self.world_size / self.loader_samples_per_s[:, None])
 
     def steps(self, sizes: FloatArray) -> FloatArray:
-        """Steps to the target over the least possible, E(b) / E_min B_crit / b; all ones when the noise is unknown."""
+        """Steps to the target over the least possible, E(b) / E_min B_crit / b; all ones without curves."""
         if self.curves is None or self.critical_batch_size is None:
             return np.ones((len(self.compute_time_s), len(sizes)))
         return np.asarray(np.exp(self.curves.log_samples(sizes)) * self.critical_batch_size[:, None] / sizes[None, :])
@@ -171,7 +171,7 @@ def draw_costs(
         candidates=chosen,
         compute_time_s=compute,
         loader_samples_per_s=None if loader is None else _rate_draws(loader.samples_per_s, rng),
-        curves=None if noise_scale is None else _curves(noise_scale, branches, swept, rng),
+        curves=_curves(noise_scale, branches, swept, rng),
         energy_per_step_j=np.array([c.accumulation_steps * (energy or 0.0) for c, energy in zip(chosen, energies, strict=True)])
         if all(energies)
         else None,
@@ -190,10 +190,12 @@ def draw_costs(
 
 
 def _curves(
-    noise: NoiseScale, branches: BranchMeasurements | None, swept: SweepEvidence | None, rng: np.random.Generator
+    noise: NoiseScale | None, branches: BranchMeasurements | None, swept: SweepEvidence | None, rng: np.random.Generator
 ) -> CurveDraws | None:
     """From a sweep where there was one: it trained to the target; else from branches, which saw a part of the run, and the noise."""
-    return curves_of(noise, branches, rng, N_DRAWS) if swept is None else swept_curves(swept, rng, N_DRAWS)
+    if swept is not None:
+        return swept_curves(swept, rng, N_DRAWS)
+    return None if noise is None else curves_of(noise, branches, rng, N_DRAWS)
 
 
 def candidates(
@@ -262,16 +264,19 @@ def summarise(values: FloatArray) -> Estimate:
     return Estimate(value=mean, low=min(float(low), mean), high=max(float(high), mean), n=len(values))
 
 
-def fit_tradeoff(draws: CostDraws | None, *, noise_scale: NoiseScale | None, objective: Objective) -> Tradeoff:
+def fit_tradeoff(
+    draws: CostDraws | None, *, noise_scale: NoiseScale | None, objective: Objective, swept: SweepEvidence | None = None
+) -> Tradeoff:
     """Predicted cost of every candidate size relative to the best, draw by draw, and its expected regret.
 
     Args:
         draws: What each candidate costs; none when no timed size is allowed.
-        noise_scale: What the draws rest on; none when the noise was not measured.
+        noise_scale: What the draws rest on without a sweep; none when the noise was not measured.
         objective: The goal whose regret is wanted.
+        swept: The sweep that the draws rest on instead; none where there was none.
 
     Returns:
-        ``INDETERMINATE`` without a usable noise scale: the points then carry step times only.
+        ``INDETERMINATE`` without a sweep and a usable noise scale: the points then carry step times only.
 
     Raises:
         UsageError: The goal is energy and none was measured.
@@ -282,7 +287,7 @@ def fit_tradeoff(draws: CostDraws | None, *, noise_scale: NoiseScale | None, obj
     unknown = Estimate(value=None, low=None, high=None, n=0, status=Status.INDETERMINATE)
     if draws is None:
         return Tradeoff(status=Status.INDETERMINATE, critical_batch_size=unknown, points=(), remarks=("No timed size is allowed.",))
-    if draws.curves is None or draws.critical_batch_size is None or noise_scale is None:
+    if draws.curves is None or draws.critical_batch_size is None:
         draws.objective(objective.goal)
         points = tuple(_point(draws, i, unknown, unknown, None, None) for i in range(len(draws.candidates)))
         remark = "Without a noise scale nothing is known about how many samples each size needs."
@@ -297,13 +302,16 @@ def fit_tradeoff(draws: CostDraws | None, *, noise_scale: NoiseScale | None, obj
         )
         for i in range(len(draws.candidates))
     )
-    return Tradeoff(status=noise_scale.status, critical_batch_size=_critical(draws.critical_batch_size, noise_scale), points=points)
+    critical = _critical(draws.critical_batch_size, noise_scale, swept)
+    return Tradeoff(status=critical.status, critical_batch_size=critical, points=points)
 
 
-def _critical(draws: FloatArray, noise: NoiseScale) -> Estimate:
+def _critical(draws: FloatArray, noise: NoiseScale | None, swept: SweepEvidence | None) -> Estimate:
+    """A sweep bounds it on both sides; the noise does where its own interval is bounded."""
     low, median, high = (float(value) for value in np.percentile(draws, [5, 50, 95]))
-    bounded = noise.status is Status.OK
-    return Estimate(value=median, low=low, high=high if bounded else None, n=noise.n, status=noise.status)
+    if swept is not None or noise is None:
+        return Estimate(value=median, low=low, high=high, n=0 if swept is None else len(swept.probes))
+    return Estimate(value=median, low=low, high=high if noise.status is Status.OK else None, n=noise.n, status=noise.status)
 
 
 def _point(

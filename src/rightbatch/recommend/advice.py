@@ -23,6 +23,8 @@ class Context:
     noise_scale: NoiseScale | None
     memory: MemoryCurve | None
     tradeoff: Tradeoff | None
+    is_swept: bool
+    """Whether the answer rests on a sweep, and not on the gradient noise."""
 
 
 def advise(context: Context) -> tuple[str, ...]:
@@ -49,8 +51,12 @@ def _next_measurement(context: Context) -> str:
     if context.step_time is None:
         return "Nothing is known about speed: measure it with rightbatch find."
     if context.plan is None:
-        return "No size that is allowed was timed: raise --max-batch, or time smaller sizes."
+        if context.tradeoff is not None and context.tradeoff.points:
+            return "No timed size that is allowed lies between the sizes that were trained: train at some of them, with rightbatch sweep."
+        return "No size that is allowed was timed: raise --max-global-batch, or time smaller sizes."
     noise = context.noise_scale
+    if context.is_swept:
+        return "" if context.status == "ok" else _narrower(context, "more of its sizes, or more seeds, narrow it most: sweep again")
     if noise is None:
         return "The plan rests on speed alone: measure the gradient noise with rightbatch find to learn what larger batches are worth."
     if context.status == "ok":
@@ -58,11 +64,20 @@ def _next_measurement(context: Context) -> str:
     if noise.status not in (Status.OK, Status.AT_LEAST):
         remedy = noise.remarks[0] if noise.remarks else "Give a larger --budget."
         return f"The plan rests on speed alone, because the gradient noise was not determined. {remedy}"
-    return _narrower(context, noise)
+    return _narrower(context, _remedy(noise))
 
 
-def _narrower(context: Context, noise: NoiseScale) -> str:
+def _remedy(noise: NoiseScale) -> str:
     """What would narrow the belief about the critical batch size most."""
+    if noise.pilot_samples == 0:
+        return "a pilot run narrows it most: give a larger --budget"
+    if noise.status is Status.AT_LEAST:
+        return f"more than the {noise.n} gradients so far narrow it most: give a larger --budget"
+    return "training probes narrow it most: compare two sizes with rightbatch sweep"
+
+
+def _narrower(context: Context, remedy: str) -> str:
+    """How far the critical batch size is known, and what would narrow that."""
     critical = context.tradeoff.critical_batch_size if context.tradeoff is not None else None
     if critical is None or critical.low is None or context.status == "unstable":
         return ""
@@ -71,12 +86,6 @@ def _narrower(context: Context, noise: NoiseScale) -> str:
         if critical.high
         else f"above {format_number(critical.low)}"
     )
-    if noise.pilot_samples == 0:
-        remedy = "a pilot run narrows it most: give a larger --budget"
-    elif noise.status is Status.AT_LEAST:
-        remedy = f"more than the {noise.n} gradients so far narrow it most: give a larger --budget"
-    else:
-        remedy = "training probes narrow it most: compare two sizes with rightbatch sweep"
     return f"The critical batch size is only known to lie {span}; {remedy}."
 
 

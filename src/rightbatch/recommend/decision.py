@@ -59,7 +59,7 @@ def recommend(
     Args:
         step_time: None when no speed was measured: there is no plan then.
         loader: None when the loader was not measured.
-        noise_scale: None when the noise was not measured: the plan is the knee then.
+        noise_scale: None when the noise was not measured: without a sweep the plan is the knee then.
         memory: None when memory was not measured.
         workload: What is trained.
         objective: The goal and the tolerance.
@@ -70,7 +70,7 @@ def recommend(
         swept: A sweep of the same workload; none where there was none.
 
     Returns:
-        A recommendation; ``plan`` is none when nothing fits or nothing was timed.
+        A recommendation; ``plan`` is none when nothing fits, nothing was timed, or training left none of the timed sizes open.
 
     Raises:
         UsageError: The goal is energy and none was measured.
@@ -78,7 +78,7 @@ def recommend(
     request = _Request(step_time, loader, noise_scale, memory, workload, objective, constraints, tradeoff, branches, swept)
     if memory is not None and memory.status is Status.NOTHING_FITS:
         return _without_plan(request, "nothing_fits")
-    if step_time is None or draws is None:
+    if step_time is None or draws is None or not draws.may_be_chosen.any():
         return _without_plan(request, "inconclusive")
     if draws.curves is None:
         draws.objective(objective.goal)
@@ -104,7 +104,7 @@ def _without_plan(request: _Request, status: Verdict) -> Recommendation:
 
 
 def _at_knee(request: _Request, draws: CostDraws, step_time: StepTimeCurve) -> Recommendation:
-    """Without a noise scale: the smallest timed size within 3 % of the best throughput."""
+    """Without a sweep and a noise scale: the smallest timed size within 3 % of the best throughput."""
     timed = [i for i, candidate in enumerate(draws.candidates) if candidate.accumulation_steps == 1]
     at_most_knee = [i for i in timed if draws.candidates[i].micro_batch_size <= (step_time.knee or 0)]
     chosen = max(at_most_knee, default=timed[0])
@@ -277,4 +277,5 @@ def _context(request: _Request, status: Verdict, plan: BatchPlan | None) -> Cont
         noise_scale=request.noise_scale,
         memory=request.memory,
         tradeoff=request.tradeoff,
+        is_swept=request.swept is not None,
     )

@@ -61,7 +61,7 @@ def judge(
             branches=measurements.branches,
             swept=measurements.swept,
         )
-        tradeoff = fit_tradeoff(draws, noise_scale=noise_scale, objective=objective)
+        tradeoff = fit_tradeoff(draws, noise_scale=noise_scale, objective=objective, swept=measurements.swept)
     recommendation = recommend(
         step_time=step_time,
         loader=loader,

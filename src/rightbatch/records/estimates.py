@@ -256,7 +256,8 @@ class TradeoffPoint(Record):
     micro_batch_size: PositiveInt
     accumulation_steps: PositiveInt
     evidence: Literal["measured", "composed", "extrapolated"]
-    """``measured``: this very step was timed; ``composed``: accumulation of timed micro-batches; ``extrapolated``: from the fit."""
+    """``measured``: this very step was timed; ``composed``: accumulation of timed micro-batches;
+    ``extrapolated``: from the fit, or on several ranks."""
     step_time_s: PositiveFloat
     """Seconds between optimizer steps, the data loader's limit included."""
     samples_per_s: PositiveFloat

@@ -169,7 +169,7 @@ class SweepResult(Record):
 
     schema_version: int = SCHEMA_VERSION
     status: Literal["ok", "partial", "never"]
-    """``partial``: it was ended before its last trial; ``never``: no size reached the target."""
+    """``partial``: it was ended before its last trial; ``never``: no size reached the target with every seed."""
     workload: WorkloadSummary
     settings: SweepSettings
     device_name: str

@@ -19,7 +19,7 @@ _BINDING = {
     Binding.OPTIMUM: "Nothing binds: smaller and larger sizes were possible and are expected to do worse.",
     Binding.MEMORY: "Memory binds: a larger size would do better, but it does not fit.",
     Binding.DATASET: "The dataset binds: a batch cannot hold more samples than there are.",
-    Binding.MAX_BATCH: "--max-batch binds: a larger size would do better.",
+    Binding.MAX_BATCH: "--max-batch or --max-global-batch binds: a larger size would do better.",
     Binding.LOADER: "The data loader binds: the device could take more samples a second than it delivers.",
     Binding.BUDGET: "The time budget binds: larger sizes could not be timed; a larger --budget may find a better one.",
     Binding.SMALLEST: "The smallest size that was measured is the best; a smaller one may do better still.",
@@ -80,7 +80,8 @@ def sizes(findings: Findings) -> Section | None:
         return Section(
             key="sizes", title="Sizes and their speed", sentences=("The cost until a target was not predicted: this is speed alone.",)
         )
-    sentences = ["Time is relative to the best size, samples to the least possible."]
+    has_costs = any(point.relative_time.value is not None for point in tradeoff.points)
+    sentences = ["Time is relative to the best size, samples to the least possible."] if has_costs else []
     tolerance, as_good = percent(recommendation.objective.tolerance), recommendation.equivalent_batch_sizes
     if len(as_good) > 1:
         sentences.append(f"Within {tolerance} of the best: {listed(as_good)}.")
@@ -157,7 +158,7 @@ def limits(findings: Findings) -> Section:
     """Say what is extrapolated, and what was not measured at all."""
     sentences = []
     beyond = [point for point in findings.tradeoff.points if point.evidence != "measured"] if findings.tradeoff else []
-    for evidence, meaning in (("composed", "accumulation of timed micro-batches"), ("extrapolated", "from the fit, beyond what was timed")):
+    for evidence, meaning in (("composed", "accumulation of timed micro-batches"), ("extrapolated", "computed from what was timed")):
         sizes_of_kind = [point.global_batch_size for point in beyond if point.evidence == evidence]
         if sizes_of_kind:
             sentences.append(f"{evidence.capitalize()} ({meaning}): {listed(sizes_of_kind)}.")

@@ -151,7 +151,7 @@ def _loader_sentence(loader: LoaderCurve, curve: StepTimeCurve) -> str:
     if rate is None:
         return "The data loader's throughput could not be measured."
     fastest = max((point.samples_per_s.value or 0.0 for point in curve.points), default=0.0)
-    verdict = "so the loader limits, not the device" if rate < fastest else "more than the device can take"
+    verdict = "so sizes that the device takes faster wait for it" if rate < fastest else "more than the device can take"
     return f"The data loader with {workers} delivers {estimate(loader.samples_per_s)} samples/s, {verdict}."
 
 

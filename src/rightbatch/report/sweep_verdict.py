@@ -33,7 +33,7 @@ def _point(result: SweepResult, size: int | None) -> SweepPoint | None:
 def _answer(result: SweepResult) -> str:
     best = _point(result, result.best_size)
     if best is None:
-        return f"no size reached {result.settings.target}" if result.status == "never" else f"{result.settings.target} not reached yet"
+        return f"no size reached {_target(result)}" if result.status == "never" else f"{result.settings.target} not reached yet"
     parts = [f"batch {best.global_batch_size}, lr {number(best.lr or 0.0)}: {result.settings.target} in {_seconds(best.seconds)}"]
     parts.append(f"{number(best.samples.value or 0.0)} samples")
     parts.append(f"B_crit {estimate(result.critical_batch_size)}")
@@ -44,11 +44,20 @@ def _answer(result: SweepResult) -> str:
     return " · ".join(parts)
 
 
+def _unsteady(result: SweepResult) -> list[int]:
+    return [point.global_batch_size for point in result.points if point.status == "unsteady"]
+
+
+def _target(result: SweepResult) -> str:
+    """What no size reached; where some seeds did, that is said."""
+    return f"{result.settings.target}{' with every seed' if _unsteady(result) else ''}"
+
+
 def _headline(result: SweepResult) -> str:
     best = _point(result, result.best_size)
     target = result.settings.target
     if best is None:
-        return f"No size reached {target}." if result.status == "never" else f"No size has reached {target} yet."
+        return f"No size reached {_target(result)}." if result.status == "never" else f"No size has reached {target} yet."
     others = [size for size in result.equivalent_sizes if size != best.global_batch_size]
     alike = f"; {listed(others)} {'is' if len(others) == 1 else 'are'} as good" if others else ""
     return f"Batches of {best.global_batch_size} reach {target} soonest{alike}."
@@ -57,7 +66,9 @@ def _headline(result: SweepResult) -> str:
 def _lead(result: SweepResult) -> tuple[str, ...]:
     if result.status == "never":
         best = "" if result.best_value is None else f" The best smoothed {result.settings.target.quantity} was {number(result.best_value)}."
-        return (f"Every trial was stopped or diverged.{best} Choose a target that is reached, or allow more with --max-samples.",)
+        some = _unsteady(result)
+        fell_short = f"{listed(some)} got there with some seeds only." if some else "Every trial was stopped, diverged or failed."
+        return (f"{fell_short}{best} Choose a target that is reached, or allow more with --max-samples.",)
     if result.status == "partial":
         return ("The time budget ended the sweep; repeat the command to go on.",)
     return ()
@@ -142,7 +153,7 @@ def _critical(result: SweepResult) -> Section | None:
             f"The sizes bound the B_crit of the hyperbola from below only, at {number(critical.low or 0.0)}: larger sizes, or more seeds, "
             "would tell more."
         ]
-    if result.fit_error is not None and len(result.points) > 2:
+    if result.fit_error is not None and sum(point.samples.value is not None for point in result.points) > 2:  # two always lie on it
         sentences.append(f"Sizes lie {percent(result.fit_error)} from it on average.")
     if result.robust_critical_size.value is not None:
         sentences.append(

@@ -11,7 +11,7 @@ from rightbatch.recommend import judge, recommend
 from rightbatch.records.estimates import Status
 from rightbatch.records.measurements import GradientNoiseMeasurements, Measurements, MemoryLimit, MemoryMeasurements
 from rightbatch.records.plan import Binding, Constraints, Goal, Objective
-from rightbatch.records.training import BranchMeasurements
+from rightbatch.records.training import BranchMeasurements, ProbeOutcome, SweepEvidence, TrainingProbe
 from rightbatch.units import MIB
 
 SIZES = (16, 32, 64, 128, 256, 512, 1024)
@@ -323,7 +323,55 @@ def test_no_allowed_size_is_said():
     answer = _recommend(constraints=Constraints(max_global_batch_size=3))
 
     assert answer.plan is None
-    assert "raise --max-batch" in answer.advice[0]
+    assert "raise --max-global-batch" in answer.advice[0]
+
+
+def _swept(sizes):
+    probes = tuple(
+        TrainingProbe(global_batch_size=b, lr=0.1, outcome=ProbeOutcome.REACHED, samples=4000 * (1 + b / 120), log_error=0.05)
+        for b in sizes
+    )
+    return SweepEvidence(target="accuracy >= 0.97", folder="rightbatch-runs/sweep", probes=probes)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_sweep_answers_whatever_the_gradient_noise_says(steps):
+    measured = _measurements()
+    short = tuple(
+        norms.model_copy(
+            update={
+                "block_counts": norms.block_counts[:steps],
+                "block_sq_norm_sums": norms.block_sq_norm_sums[:steps],
+                "block_gram": tuple(row[:steps] for row in norms.block_gram[:steps]),
+            }
+        )
+        for norms in measured.gradient_noise.snapshots
+    )
+    noise_part = measured.gradient_noise.model_copy(update={"snapshots": short}) if steps else None
+
+    findings = _judge(_measurements(gradient_noise=noise_part, swept=_swept((16, 64, 256))))
+
+    assert findings.noise_scale is None or findings.noise_scale.status is Status.AT_LEAST
+    assert findings.recommendation.status == "ok"
+    assert 16 <= findings.recommendation.plan.global_batch_size <= 256
+    critical = findings.tradeoff.critical_batch_size
+    assert (critical.status, critical.n) == (Status.OK, 3)
+    assert critical.low < 120 < critical.high
+    assert not any("noise" in sentence for sentence in findings.recommendation.advice)
+
+
+def test_a_sweep_of_other_sizes_than_the_timed_ones_leaves_none_to_choose():
+    answer = _judge(_measurements(swept=_swept((4, 8)))).recommendation
+
+    assert (answer.status, answer.plan) == ("inconclusive", None)
+    assert "rightbatch sweep" in answer.advice[0]
+
+
+def test_a_sweep_that_leaves_the_critical_size_open_asks_for_more_of_it():
+    answer = _judge(_measurements(swept=_swept((16, 32)), gradient_noise=None)).recommendation
+
+    assert answer.status == "inconclusive"
+    assert "sweep again" in answer.advice[0]
 
 
 def test_powers_of_two_beside_the_choice_are_compared():

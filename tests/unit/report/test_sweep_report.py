@@ -1,5 +1,6 @@
 """A sweep in words, as text and as a page."""
 
+import math
 import re
 
 import pytest
@@ -7,7 +8,9 @@ from plotly.offline import get_plotlyjs
 
 import sweep_samples as samples
 from golden_files import golden
-from rightbatch.records.sweep import SweepResult
+from planted_sweeps import Law, settings_of, summary, sweep
+from rightbatch.fits.sweep import fit_sweep
+from rightbatch.records.sweep import SweepResult, TrialSpec
 from rightbatch.report.document import Section
 from rightbatch.report.sweep import render_sweep_html, render_sweep_text
 from rightbatch.report.sweep_charts import samples_chart, sweep_charts
@@ -102,3 +105,26 @@ def test_the_cost_is_set_against_the_full_grid() -> None:
     sentences = section(samples.good(), "cost").sentences
 
     assert re.search(r"They trained on [\d,]+ samples, \d+ % of the [\d,.e+]+ that all sizes", sentences[1])
+
+
+def test_sizes_that_only_some_seeds_reached_are_not_said_to_have_failed() -> None:
+    class Failing(Law):
+        def samples(self, spec: TrialSpec) -> float:
+            return math.inf if spec.seed == 2 else super().samples(spec)
+
+    settings = settings_of(sizes=(32, 64), first_size=32)
+    result = fit_sweep(settings, summary(), sweep(Failing(), settings), is_complete=True, device_name="planted")
+
+    verdict = build_sweep_verdict(result)
+    assert verdict.headline == "No size reached accuracy >= 0.97 with every seed."
+    assert verdict.lead[0].startswith("32 and 64 got there with some seeds only.")
+    assert "with every seed" in verdict.answer
+
+
+def test_the_distance_from_a_hyperbola_through_two_sizes_is_not_told() -> None:
+    settings = settings_of()
+    result = fit_sweep(settings, summary(), sweep(Law(largest=16), settings), is_complete=True, device_name="planted")
+
+    assert sum(point.samples.value is not None for point in result.points) == 2 < len(result.points)
+    assert not any("on average" in sentence for sentence in section(result, "critical").sentences)
+    assert any("on average" in sentence for sentence in section(samples.good(), "critical").sentences)

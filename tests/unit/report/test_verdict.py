@@ -4,7 +4,7 @@ import pytest
 
 import findings_samples as samples
 from rightbatch.records.estimates import Estimate, Status
-from rightbatch.records.plan import BatchPlan, Findings
+from rightbatch.records.plan import BatchPlan, Binding, Findings
 from rightbatch.report import phrases
 from rightbatch.report.document import Section
 from rightbatch.report.verdict import answer_line, build_verdict, headline
@@ -108,11 +108,32 @@ def test_parts_that_were_not_measured_are_named_and_have_no_section() -> None:
     )
 
 
-def test_a_loader_slower_than_the_device_is_called_the_limit() -> None:
+def test_a_loader_slower_than_the_fastest_size_is_said_to_hold_up_such_sizes_only() -> None:
     slow = samples.loader().model_copy(update={"samples_per_s": Estimate(value=900.0, low=880.0, high=920.0, n=5)})
 
-    assert any("loader limits" in sentence for sentence in section(samples.good().model_copy(update={"loader": slow}), "speed").sentences)
-    assert not any("loader limits" in sentence for sentence in section(samples.good(), "speed").sentences)
+    spoken = " ".join(section(samples.good().model_copy(update={"loader": slow}), "speed").sentences)
+
+    assert "sizes that the device takes faster wait for it" in spoken
+    assert "wait for it" not in " ".join(section(samples.good(), "speed").sentences)
+
+
+def test_without_predicted_costs_no_time_is_called_relative() -> None:
+    good = samples.good()
+    unknown = Estimate(value=None, low=None, high=None, n=0, status=Status.INDETERMINATE)
+    points = tuple(
+        point.model_copy(update={"relative_time": unknown, "relative_samples": unknown, "regret": None}) for point in good.tradeoff.points
+    )
+
+    said = section(good.model_copy(update={"tradeoff": good.tradeoff.model_copy(update={"points": points})}), "sizes").sentences
+
+    assert not any("relative" in sentence for sentence in said)
+
+
+def test_a_bound_on_the_global_batch_is_not_taken_for_one_on_the_micro_batch() -> None:
+    good = samples.good()
+    bound = good.recommendation.model_copy(update={"binding_constraint": Binding.MAX_BATCH})
+
+    assert any("--max-global-batch" in sentence for sentence in section(good.model_copy(update={"recommendation": bound}), "why").sentences)
 
 
 def test_common_practice_is_compared_with_signed_intervals() -> None:
