@@ -7,7 +7,8 @@ import numpy as np
 
 from oracles.oracle_memory import ceiling_by_counting, ceiling_of, peak_of, recorded, search, trace_of
 from oracles.oracle_noise import gaussian_gradients, norms_of
-from rightbatch.fits.noise_scale import fit_noise_scale, noise_moments, student_quantile_95
+from rightbatch.fits.intervals import median_estimate, student_quantile
+from rightbatch.fits.noise_scale import fit_noise_scale, noise_moments
 from rightbatch.records.estimates import Status
 from rightbatch.records.measurements import GradientNoiseMeasurements, Outcome
 from rightbatch.units import GIB, MIB
@@ -27,7 +28,7 @@ def delta_on_log(snapshots):
         w**2 * (p.var_trace / trace**2 - 2 * p.cov / (trace * sq_norm) + p.var_sq_norm / sq_norm**2)
         for w, p in zip(weights, parts, strict=True)
     )
-    half_width = student_quantile_95(sum(p.dof for p in parts)) * math.sqrt(variance)
+    half_width = student_quantile(sum(p.dof for p in parts)) * math.sqrt(variance)
     return trace / sq_norm * math.exp(-half_width), trace / sq_norm * math.exp(half_width)
 
 
@@ -79,6 +80,12 @@ def law(trace, size):
     return 1.3 * peak_of(trace, size) + 80 * MIB
 
 
+def median_coverage(rounds, rng, draws=2000):
+    """Share of intervals of a median over so many rounds that hold the truth; rounds spread log-normally by 5 %."""
+    found = (median_estimate(np.exp(0.05 * rng.standard_normal(rounds)).tolist(), rng) for _ in range(draws))
+    return float(np.mean([estimate.low <= 1 <= estimate.high for estimate in found]))
+
+
 def main():
     rng = np.random.default_rng(1)
     for scales in ((20.0, 60.0, 120.0), (50.0, 200.0, 400.0), (10.0, 10.0, 10.0)):
@@ -90,6 +97,8 @@ def main():
             f"use off by {noise:.1%}: over the limit in {over:.3f} of searches, median ceiling {of_exact:.3f} of the one without noise and "
             f"{of_always:.3f} of the one that always fits, probes with proof {median:g} in the median and {most} at most\n"
         )
+    covered = ", ".join(f"{rounds}: {median_coverage(rounds, np.random.default_rng(1)):.3f}" for rounds in (3, 4, 5, 7, 10, 20))
+    sys.stdout.write(f"intervals of a median that hold it, by rounds: {covered}\n")
 
 
 if __name__ == "__main__":

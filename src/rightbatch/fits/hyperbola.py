@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rightbatch.fits.intervals import FloatArray
+from rightbatch.fits.intervals import FloatArray, student_quantile
 from rightbatch.records.estimates import Estimate, Status
 
 _GRID = 4001
@@ -28,13 +28,6 @@ class Hyperbola:
     critical: Estimate
     fewest_samples: float | None
     error: float
-
-
-def t_quantile(degrees: float, level: float = 0.95) -> float:
-    """Half-width of a two-sided interval of Student's t, in standard errors."""
-    from scipy.special import stdtrit
-
-    return float(stdtrit(degrees, 0.5 + level / 2))
 
 
 def pooled_log_variance(runs: Sequence[Sequence[float]]) -> tuple[float, int]:
@@ -87,7 +80,7 @@ def _within(squares: FloatArray, least: float, size_count: int, runs: Sequence[S
     variance, freedom = max(of_residuals, (between / seeds, degrees))
     if freedom == 0:
         return None
-    return np.flatnonzero(squares <= least + t_quantile(freedom) ** 2 * variance).astype(np.float64)
+    return np.flatnonzero(squares <= least + student_quantile(freedom) ** 2 * variance).astype(np.float64)
 
 
 def _critical(grid: FloatArray, at: int, within: FloatArray | None, *, n: int) -> Estimate:

@@ -1,4 +1,4 @@
-"""Intervals that several fits share: a bootstrapped median, the spread behind an interval, stratified normal draws."""
+"""Intervals that several fits share: Student's quantile, a median's interval, the spread behind an interval, stratified normal draws."""
 
 import math
 from collections.abc import Sequence
@@ -16,17 +16,26 @@ BoolArray = NDArray[np.bool_]
 NORMAL_QUANTILE_95 = 1.959963984540054
 """Half-width of a two-sided 95 % normal interval, in standard deviations."""
 _BOOTSTRAP_REPEATS = 1000
+_FEWEST_RESAMPLED = 5
+"""Of fewer values the bootstrap's interval is their range at most, which holds the median of 3 in 75 % of cases, of 4 in 88 %."""
+
+
+def student_quantile(dof: float, error: float = 0.05) -> float:
+    """Quantile of Student's t that is exceeded, in absolute value, with probability ``error``."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(dof, 1 - error / 2))
 
 
 def median_estimate(values: Sequence[float], rng: np.random.Generator) -> Estimate:
-    """Median with a percentile-bootstrap 95 % interval over rounds.
+    """Median with a 95 % interval over rounds: percentile bootstrap, and below five rounds Student's interval of the mean logarithm.
 
     Args:
-        values: One number a round, in any unit.
+        values: One positive number a round, in any unit.
         rng: Source of the resampling.
 
     Returns:
-        The median; without an interval below two rounds, ``INDETERMINATE`` without any.
+        The median; without an interval of one round, ``INDETERMINATE`` without any.
 
     Source:
         Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
@@ -37,6 +46,11 @@ def median_estimate(values: Sequence[float], rng: np.random.Generator) -> Estima
     median = float(np.median(rounds))
     if rounds.size == 1:
         return Estimate(value=median, low=None, high=None, n=1)
+    if rounds.size < _FEWEST_RESAMPLED:
+        logs = np.log(rounds)
+        half_width = student_quantile(rounds.size - 1) * float(logs.std(ddof=1)) / math.sqrt(rounds.size)
+        low, high = math.exp(float(logs.mean()) - half_width), math.exp(float(logs.mean()) + half_width)
+        return Estimate(value=median, low=min(low, median), high=max(high, median), n=rounds.size)
     resampled = rounds[rng.integers(rounds.size, size=(_BOOTSTRAP_REPEATS, rounds.size))]
     low, high = np.percentile(np.median(resampled, axis=1), [2.5, 97.5])
     return Estimate(value=median, low=min(float(low), median), high=max(float(high), median), n=rounds.size)

@@ -5,7 +5,7 @@ from collections.abc import Container, Mapping, Sequence
 
 import numpy as np
 
-from rightbatch.fits.intervals import FloatArray
+from rightbatch.fits.intervals import FloatArray, student_quantile
 from rightbatch.records.estimates import Estimate, Status
 from rightbatch.records.lr_range import LrRange, LrVerdict
 from rightbatch.records.lr_range_measurements import LrRangeMeasurements, LrRangePoint, LrRangeRound
@@ -193,15 +193,12 @@ def _excess(rounds: Sequence[LrRangeRound], lr: float, best: float) -> tuple[Est
 
 def _paired(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> tuple[float, float]:
     """Mean difference of paired losses, and the half-width of its 95 % interval over blocks."""
-    from scipy.stats import t
-
     differences: list[float] = []
     for first, second in pairs:
         difference: FloatArray = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
         differences.extend(float(block.mean()) for block in np.array_split(difference, _BLOCKS))
     spread = float(np.std(differences, ddof=1))
-    quantile = float(t.ppf(0.975, len(differences) - 1))
-    return float(np.mean(differences)), quantile * spread / math.sqrt(len(differences))
+    return float(np.mean(differences)), student_quantile(len(differences) - 1) * spread / math.sqrt(len(differences))
 
 
 def _answer(

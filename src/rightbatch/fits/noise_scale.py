@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from rightbatch.fits.intervals import FloatArray
+from rightbatch.fits.intervals import FloatArray, student_quantile
 from rightbatch.records.estimates import Estimate, NoiseScale, NoiseSnapshot, Status
 from rightbatch.records.gradient_norms import GradientNorms
 from rightbatch.records.measurements import GradientNoiseMeasurements, NoiseProblem
@@ -77,7 +77,7 @@ def fit_snapshot(norms: GradientNorms) -> NoiseSnapshot:
     if moments is None:
         nothing = Estimate(value=None, low=None, high=None, n=n, status=Status.INDETERMINATE)
         return _snapshot(norms, nothing, nothing, nothing)
-    quantile = student_quantile_95(moments.dof)
+    quantile = student_quantile(moments.dof)
     sq_norm = _symmetric(moments.sq_norm, quantile * math.sqrt(moments.var_sq_norm), n)
     trace = _symmetric(moments.trace, quantile * math.sqrt(moments.var_trace), n)
     return _snapshot(norms, fieller(moments, n), sq_norm, trace)
@@ -209,7 +209,7 @@ def fieller(moments: NoiseMoments, n: int) -> Estimate:
     Source:
         Fieller 1954, J. R. Stat. Soc. B 16, 175-185.
     """
-    q2 = student_quantile_95(moments.dof) ** 2
+    q2 = student_quantile(moments.dof) ** 2
     a = moments.sq_norm**2 - q2 * moments.var_sq_norm
     half_b = moments.trace * moments.sq_norm - q2 * moments.cov
     c = moments.trace**2 - q2 * moments.var_trace
@@ -223,18 +223,6 @@ def fieller(moments: NoiseMoments, n: int) -> Estimate:
         low = (half_b - math.sqrt(discriminant)) / a
         return Estimate(value=value, low=low, high=None, n=n, status=Status.AT_LEAST)
     return Estimate(value=None, low=None, high=None, n=n, status=Status.INDETERMINATE)
-
-
-def student_quantile_95(dof: float) -> float:
-    """Two-sided 95 % quantile of Student's t with ``dof`` degrees of freedom."""
-    return student_quantile(dof, 0.05)
-
-
-def student_quantile(dof: float, error: float) -> float:
-    """Quantile of Student's t that is exceeded, in absolute value, with probability ``error``."""
-    from scipy.special import stdtrit
-
-    return float(stdtrit(dof, 1 - error / 2))
 
 
 def _trace_and_sq_norm(

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rightbatch.fits.intervals import FloatArray
-from rightbatch.fits.noise_scale import NoiseMoments, fieller, student_quantile_95
+from rightbatch.fits.intervals import FloatArray, student_quantile
+from rightbatch.fits.noise_scale import NoiseMoments, fieller
 from rightbatch.records.estimates import Estimate, NoiseScale, NoiseSnapshot, Status
 from rightbatch.records.measurements import NoiseStream
 from rightbatch.units import format_number
@@ -229,7 +229,7 @@ def _mean(parts: FloatArray, deviations: FloatArray, n: int) -> Estimate:
     value, count = float(parts.sum()), len(parts)
     if count < FEWEST_BLOCKS:
         return Estimate(value=value, low=None, high=None, n=n, status=Status.INDETERMINATE)
-    half_width = student_quantile_95(count - 1) * float(np.sqrt(count / (count - 1) * (deviations @ deviations)))
+    half_width = student_quantile(count - 1) * float(np.sqrt(count / (count - 1) * (deviations @ deviations)))
     return Estimate(value=value, low=value - half_width, high=value + half_width, n=n)
 
 

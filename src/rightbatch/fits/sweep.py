@@ -9,7 +9,8 @@ from typing import Literal
 
 import numpy as np
 
-from rightbatch.fits.hyperbola import UNKNOWN, Hyperbola, fit_hyperbola, pooled_log_variance, t_quantile
+from rightbatch.fits.hyperbola import UNKNOWN, Hyperbola, fit_hyperbola, pooled_log_variance
+from rightbatch.fits.intervals import student_quantile
 from rightbatch.fits.lr_scaling import LrRule, couple_lr
 from rightbatch.fits.robust_curve import robust_curve
 from rightbatch.records.estimates import Estimate
@@ -198,7 +199,7 @@ class _Scale:
         value = float(np.mean(values)) * factor
         if self._degrees == 0 or value <= 0:
             return Estimate(value=value, low=None, high=None, n=len(values))
-        half = t_quantile(self._degrees) * math.sqrt(self._variance / len(values))
+        half = student_quantile(self._degrees) * math.sqrt(self._variance / len(values))
         return Estimate(value=value, low=value * math.exp(-half), high=value * math.exp(half), n=len(values))
 
     def ratio(self, seconds: float, n: int, best: Tuned) -> Estimate:
@@ -206,7 +207,7 @@ class _Scale:
         value = seconds / self.seconds(best)
         if self._degrees == 0:
             return Estimate(value=value - 1, low=None, high=None, n=n)
-        half = t_quantile(self._degrees) * math.sqrt(self._variance * (1 / n + 1 / len(best.samples)))
+        half = student_quantile(self._degrees) * math.sqrt(self._variance * (1 / n + 1 / len(best.samples)))
         return Estimate(value=value - 1, low=value * math.exp(-half) - 1, high=value * math.exp(half) - 1, n=n)
 
     def is_equivalent(self, entry: Tuned, best: Tuned) -> bool:
@@ -284,7 +285,7 @@ def _metric_until(tuned: Tuned, most_samples: float, *, is_loss: bool) -> Estima
     mean = float(np.mean(values))
     if len(values) < 2:
         return Estimate(value=mean, low=None, high=None, n=1)
-    half = t_quantile(len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    half = student_quantile(len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return Estimate(value=mean, low=mean - half, high=mean + half, n=len(values))
 
 

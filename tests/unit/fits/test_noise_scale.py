@@ -11,6 +11,7 @@ from oracles.oracle_noise import (
     ragged_trace_and_sq_norm,
     trace_and_sq_norm,
 )
+from rightbatch.fits.intervals import student_quantile
 from rightbatch.fits.noise_scale import (
     NoiseMoments,
     compare_ghosts,
@@ -19,7 +20,6 @@ from rightbatch.fits.noise_scale import (
     fit_snapshot,
     is_decided,
     noise_moments,
-    student_quantile_95,
 )
 from rightbatch.records.estimates import Status
 from rightbatch.records.measurements import GradientNoiseMeasurements, NoiseProblem
@@ -197,7 +197,7 @@ def test_fieller_interval_is_the_set_a_test_does_not_reject():
 
     estimate = fieller(moments, n=100)
 
-    accepted = fieller_set(moments, student_quantile_95(9), np.linspace(0, 400, 400_001))
+    accepted = fieller_set(moments, student_quantile(9), np.linspace(0, 400, 400_001))
     assert estimate.low == pytest.approx(accepted.min(), abs=2e-3)
     assert estimate.high == pytest.approx(accepted.max(), abs=2e-3)
 
