@@ -207,7 +207,7 @@ class ShowOptions:
     goal: Literal["time", "samples", "energy", "accuracy"] | None = None
     """Judge the stored measurements by another goal than the run's own."""
     schema: Flag = False
-    """Print the JSON schema of the run folder's files, and of what --json prints, instead of a run."""
+    """Print the JSON schema of what the folders hold, and of what --json prints of them, instead of a run."""
 
 
 @Parameter(name="*")

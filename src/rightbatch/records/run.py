@@ -1,7 +1,8 @@
 """The run folder: JSON files that are whole or absent, written by one process at a time, readable without torch.
 
 ``run.json`` says what was run and on what; ``workload.json``, ``memory.json``, ``step_time.json``, ``loader.json``,
-``gradient_noise.json`` and ``lr_range.json`` hold one measured part each; ``findings.json`` is the last verdict; ``report.html`` shows it.
+``gradient_noise.json``, ``branches.json`` and ``lr_range.json`` hold one measured part each, ``swept.json`` what a sweep showed;
+``findings.json`` is the last verdict; ``report.html`` shows it.
 """
 
 import json
@@ -304,11 +305,13 @@ class RunFolder:
 
 
 def schema() -> JsonObject:
-    """Return one JSON schema of everything that a run folder and ``--json`` can hold, by file name."""
+    """Return one JSON schema of what folders of runs, trainings and sweeps hold, and of what ``--json`` prints of them, by file name."""
     from pydantic import BaseModel
     from pydantic.json_schema import models_json_schema
 
-    from rightbatch.records.training_log import EvaluationLine, EventLine, StepLine  # deferred: that module builds on this one
+    from rightbatch.records.sweep import SweepManifest, SweepResult  # deferred: training_run builds on this module
+    from rightbatch.records.sweep_folder import RESULT_FILE, SWEEP_FILE
+    from rightbatch.records.training_log import EvaluationLine, EventLine, StepLine
     from rightbatch.records.training_run import LOG_FILE, TRAINING_FILE, TrainingManifest, TrainingResult
 
     lines: tuple[type[Record], ...] = (StepLine, EvaluationLine, EventLine)
@@ -317,6 +320,8 @@ def schema() -> JsonObject:
         FINDINGS_FILE: Findings,
         TRAINING_FILE: TrainingManifest,
         "train --json": TrainingResult,
+        SWEEP_FILE: SweepManifest,
+        RESULT_FILE: SweepResult,
     }
     parts = {f"{name}.json": kind for name, kind in PART_KINDS.items()}
     every_kind: list[type[BaseModel]] = [*files.values(), PartHeader, *parts.values(), *lines]
@@ -332,7 +337,7 @@ def schema() -> JsonObject:
     header.pop("additionalProperties", None)  # the part's data stands beside these fields
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "Files of the folders of rightbatch; findings.json is also what find --json prints",
+        "title": "Files of the folders of rightbatch; find --json prints findings.json, and sweep --json result.json",
         "schema_version": SCHEMA_VERSION,
         "type": "object",
         "properties": properties,

@@ -293,7 +293,7 @@ def test_reading_a_folder_upgrades_it(folder: RunFolder, monkeypatch: pytest.Mon
 def test_schema_covers_every_file_and_resolves() -> None:
     whole = schema()
     assert set(whole["properties"]) == {
-        *("run.json", "findings.json", "training.json", "log.jsonl", "train --json"),
+        *("run.json", "findings.json", "training.json", "log.jsonl", "train --json", "sweep.json", "result.json"),
         *(f"{name}.json" for name in PART_KINDS),
     }
     text = json.dumps(whole)
