@@ -146,7 +146,7 @@ def draw_costs(
 ) -> CostDraws | None:
     """Draw what each candidate costs; none when no timed size is allowed.
 
-    Candidates are all timed sizes and, beyond the largest of them, 2, 4, 8, ... accumulated micro-batches of the best throughput, where the
+    Candidates are all timed sizes that are allowed and, beyond them, 2, 4, ... accumulated micro-batches of the best throughput, where the
     loss lets a batch be split. With accumulation, t = A (t_micro - t_optimizer) + t_optimizer. Training from a checkpoint at several sizes
     weighs the draws; sizes outside those that trained there without failing may not be chosen. A sweep takes its place where there was one.
     """
@@ -215,15 +215,15 @@ def candidates(
     ]
     if not found or workload.couples_samples:
         return tuple(found)
-    largest_timed = max(point.micro_batch_size for point in timed) * ranks
     splits = [p for p in timed if p.micro_batch_size * ranks <= cap and p.micro_batch_size <= (accumulation_ceiling or p.micro_batch_size)]
     if not splits:
         return tuple(found)
     best = max(splits, key=lambda p: p.samples_per_s.value or 0.0).micro_batch_size
+    largest_whole = max(candidate.global_batch_size for candidate in found)
     largest = min(workload.train_size // LARGEST_SHARE_OF_DATASET, cap)
     steps = 2
     while steps * best * ranks <= largest:
-        if steps * best * ranks > largest_timed:
+        if steps * best * ranks > largest_whole:
             found.append(Candidate(steps * best * ranks, best, steps, "composed" if ranks == 1 else "extrapolated"))
         steps *= 2
     return tuple(sorted(found, key=lambda candidate: candidate.global_batch_size))

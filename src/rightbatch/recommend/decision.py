@@ -234,9 +234,10 @@ def _sensitivities(request: _Request, draws: CostDraws) -> tuple[Sensitivity, ..
     """What the choice would be if one thing were different: the same draws, judged again."""
     if draws.curves is None:
         return ()
+    what = "noise scale" if request.swept is None else "critical batch size"
     variants = [
-        ("noise scale 4x smaller", draws.times_critical(1 / _NOISE_FACTOR)),
-        ("noise scale 4x larger", draws.times_critical(_NOISE_FACTOR)),
+        (f"{what} 4x smaller", draws.times_critical(1 / _NOISE_FACTOR)),
+        (f"{what} 4x larger", draws.times_critical(_NOISE_FACTOR)),
     ]
     if np.any(np.median(draws.step_time_s(), axis=0) > 1.02 * np.median(draws.compute_time_s, axis=0)):
         variants.append(("no loader limit", replace(draws, loader_samples_per_s=None)))
@@ -253,8 +254,9 @@ def _half_the_memory(memory: MemoryCurve | None, draws: CostDraws) -> CostDraws 
     """The candidates whose micro-batch is predicted to fit in half the limit; none when that changes nothing or leaves nothing."""
     if memory is None or not memory.curve:
         return None
-    fitting = [size for size, used in memory.curve if used <= memory.limit.limit_bytes // 2]
-    kept = [i for i, candidate in enumerate(draws.candidates) if candidate.micro_batch_size <= max(fitting, default=0)]
+    sizes, used_bytes = zip(*memory.curve, strict=True)
+    needed_bytes = np.interp([candidate.micro_batch_size for candidate in draws.candidates], sizes, used_bytes)
+    kept = np.flatnonzero(needed_bytes <= memory.limit.limit_bytes // 2).tolist()
     if len(kept) == len(draws.candidates) or not draws.may_be_chosen[kept].any():
         return None
     energy = draws.energy_per_step_j

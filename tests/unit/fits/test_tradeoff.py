@@ -91,6 +91,14 @@ def test_larger_sizes_are_composed_up_to_a_quarter_of_the_dataset():
     assert all(p.micro_batch_size == 1024 for p in composed)
 
 
+def test_a_bound_between_timed_sizes_leaves_accumulation_up_to_it():
+    curve = fit_step_time(timed({b: law_s(b, 0.02, 8000.0) for b in (16, 64, 128, 1024)}))
+
+    points = _tradeoff(step_time=curve, constraints=Constraints(max_global_batch_size=600)).points
+
+    assert [(p.global_batch_size, p.accumulation_steps) for p in points] == [(16, 1), (64, 1), (128, 1), (256, 2), (512, 4)]
+
+
 def test_coupled_samples_forbid_accumulation():
     assert all(p.accumulation_steps == 1 for p in _tradeoff(workload=workload(couples_samples=True)).points)
 

@@ -240,6 +240,16 @@ def test_sensitivities_move_with_the_noise_scale_and_the_memory():
     assert "half the memory" in changes
 
 
+def test_half_the_memory_still_holds_the_largest_timed_size_that_needs_less():
+    sizes = (16, 96, 384, 800)
+    curve = fit_step_time(timed({b: law_s(b, 0.02, 8000.0) for b in sizes}))
+
+    answer = _recommend(step_time=curve, memory=memory(800), noise_scale=noise(20_000.0), workload=workload(couples_samples=True))
+
+    assert answer.plan.global_batch_size == 800
+    assert {s.change: s.global_batch_size for s in answer.sensitivities}["half the memory"] == 384
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
