@@ -20,12 +20,15 @@ _POWERS = {"LARS": (0.39, 0.30), "LAMB": (0.70, 0.56)}
 def saturation_size(noise: NoiseScale | None) -> float | None:
     """Size beyond which tuned rates stop growing, in samples: the measured noise scale itself, or its lower bound; none when unknown.
 
+    None too where every gradient was the same, which has a noise scale of 0: nothing tells then where a rate stops growing.
+
     Not the critical batch size: on three small CNNs tuned rates stopped growing at 1.08 times the noise scale of the run, while the
     critical batch size was 0.99 to 2.3 times it (docs/decisions/013-calibration-and-rates.md).
     """
     if noise is None:
         return None
-    return noise.low if noise.status is Status.AT_LEAST else noise.value if noise.status is Status.OK else None
+    known = noise.low if noise.status is Status.AT_LEAST else noise.value if noise.status is Status.OK else None
+    return known if known is not None and known > 0 else None
 
 
 def couple_lr(

@@ -138,7 +138,7 @@ def _half_saturation(findings: Findings) -> float:
 
 def _noise(findings: Findings) -> float:
     noise = saturation_size(findings.noise_scale)
-    if noise is None or noise <= 0:
+    if noise is None:
         raise _without_noise()
     return noise
 

@@ -114,3 +114,4 @@ def test_rates_saturate_at_the_measured_noise_scale_or_its_lower_bound():
     assert saturation_size(noise(80.0, factor=2.0, status=Status.AT_LEAST)) == 40.0
     assert saturation_size(noise(status=Status.INDETERMINATE)) is None
     assert saturation_size(None) is None
+    assert saturation_size(noise(80.0).model_copy(update={"value": 0.0, "low": 0.0, "high": 0.0})) is None

@@ -87,3 +87,11 @@ def test_constant_size_needs_the_plan_alone():
     bare = found().model_copy(update={"noise_scale": None, "step_time": None})
 
     assert propose(bare, "constant", TOTAL).global_batch_size == 64
+
+
+def test_a_written_schedule_is_coupled_although_every_gradient_was_the_same():
+    same = found().noise_scale.model_copy(update={"value": 0.0, "low": 0.0, "high": 0.0})
+
+    schedule = requested_schedule("linear:16..64@1000", found().model_copy(update={"noise_scale": same}), TOTAL)
+
+    assert schedule.coupling == SizeCoupling(base_batch_size=64, optimizer="SGD")
