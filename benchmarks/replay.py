@@ -30,7 +30,7 @@ from replay_priors import LeftOut, leave_out, score_settings
 from replay_scores import Score, score
 from replay_traces import Cell, NoiseTrace, read_own, read_pollux, read_rcp, read_zeus
 from rightbatch import __version__
-from rightbatch.fits.samples_curve import CurvePrior, LrRegime
+from rightbatch.fits.samples_curve import HYPERBOLA, CurvePrior, LrRegime
 
 OWN = Path(__file__).parent / "records" / "2026-11-25_cpu_prior-traces"
 MOST_RUNS = 2.5
@@ -66,13 +66,17 @@ def counted(probes: int, **options: object) -> Sequential:
 
 
 def score_pollux(pairs: Sequence[tuple[Cell, NoiseTrace]]) -> dict[str, Score]:
-    """One run a size, so nothing is resampled."""
+    """One run a size, so nothing is resampled; after ours, what its answer hangs on."""
     noise = {cell.label: trace for cell, trace in pairs}
     named: dict[str, Policy] = dict(STATIC)
     seen: dict[str, Callable[[Cell, NoiseTrace], Pick]] = {
         "noise scale at the start": policies.noise_at_start,
         "noise scale, plain mean": policies.noise_plain_mean,
         "rightbatch, one run": policies.noise_of_run,
+        "one run, hyperbola": partial(policies.noise_of_run, prior=HYPERBOLA),
+        "one run, tuned at smallest": lambda cell, trace: policies.noise_of_run(cell, trace, tuned_at=float(cell.sizes[0])),
+        "one run, c = 2": partial(policies.noise_of_run, calibration_median=2.0),
+        "one run, failing counted": partial(policies.noise_of_run, counts_failing=True),
     }
     for name, choose in seen.items():
         named[name] = partial(_with_noise, choose, noise)

@@ -179,15 +179,34 @@ def noise_plain_mean(cell: Cell, noise: NoiseTrace) -> Pick:
     return Pick(int(np.argmin((1 + cell.sizes / critical) * cell.seconds)))
 
 
-def noise_of_run(cell: Cell, noise: NoiseTrace) -> Pick:
+def noise_of_run(
+    cell: Cell,
+    noise: NoiseTrace,
+    *,
+    prior: CurvePrior | None = None,
+    tuned_at: float | None = None,
+    calibration_median: float = CALIBRATION_MEDIAN,
+    counts_failing: bool = False,
+) -> Pick:
     """Ours from one run: its noise weighted over the run, the prior on the calibration, and what is believed of rates that went so.
 
-    Least expected regret over draws, as `recommend` chooses.
+    Least expected regret over draws, as `recommend` chooses. The options show what the answer hangs on.
+
+    Args:
+        cell: The sizes and their seconds.
+        noise: Along one run.
+        prior: Belief about the curve; none takes that of the cell's regime.
+        tuned_at: Size that the rate was tuned at; none takes the geometric middle of the sizes.
+        calibration_median: Of B_crit over the run's noise scale.
+        counts_failing: Whether a size that a draw says never arrives costs the most that one can.
     """
-    calibration = CALIBRATION_MEDIAN * np.exp(CALIBRATION_LOG_SD * normal_draws(np.random.default_rng(0), DRAWS))
+    calibration = calibration_median * np.exp(CALIBRATION_LOG_SD * normal_draws(np.random.default_rng(0), DRAWS))
     critical = critical_batch_over_run(
         shares=noise.shares, sq_norm=noise.sq_norm, trace=noise.trace, batch_size=noise.batch_size, calibration=calibration
     )
-    curves = draw_curves(PRIORS[cell.regime], middle=_middle(cell), rng=np.random.default_rng(0), n_draws=DRAWS, critical=critical)
+    belief, middle = prior or PRIORS[cell.regime], tuned_at or _middle(cell)
+    curves = draw_curves(belief, middle=middle, rng=np.random.default_rng(0), n_draws=DRAWS, critical=critical)
+    if counts_failing:
+        return Pick(int(np.argmin(Candidates(cell.sizes, np.log(cell.seconds)[None, :], curves).costs.mean(axis=0))))
     time = np.exp(curves.log_samples(cell.sizes)) * cell.seconds[None, :]
     return Pick(int(np.argmin(relative_to_best(time).mean(axis=0))))

@@ -73,8 +73,7 @@ def friendly_size(size: float) -> int:
 def coupled_setting(coupling: SizeCoupling | None, size: int) -> BatchSetting:
     """A size with the rate and the company that belong to it: those of a whole run at that size.
 
-    The rate saturates at the noise scale of the run, not at that of the moment: with the latter a Fashion-MNIST CNN took 18 % more time
-    (docs/theory/dynamic_batch.md).
+    The rate saturates at the noise scale of the run, not at that of the moment, which made rates too hot (docs/theory/dynamic_batch.md).
 
     Args:
         coupling: None keeps everything as it is.
