@@ -24,10 +24,8 @@ _STATUS: dict[TrainingState, VerdictStatus] = {
 MOST_ROWS = 100
 """Of a table behind a chart; of longer logs the rows are spread evenly."""
 _SHOWN_EVENTS = 40
-_REMEDY_DIVERGED = (
-    "Try a smaller learning rate, a warm-up, or clip_norm; where the precision is fp16, bf16. The last checkpoint was made before, "
-    "while the loss was finite."
-)
+_REMEDY_DIVERGED = "Try a smaller learning rate, a warm-up, or clip_norm; where the precision is fp16, bf16."
+_FINITE_CHECKPOINT = "The last checkpoint was made before, while the loss was finite."
 
 
 def build_training_verdict(manifest: TrainingManifest, lines: Sequence[LogLine], *, now: datetime | None = None) -> Verdict:
@@ -52,7 +50,7 @@ def build_training_verdict(manifest: TrainingManifest, lines: Sequence[LogLine],
         workload=plain(manifest.workload_name),
         answer=_answer(result),
         headline=_headline(result),
-        lead=_lead(manifest, result),
+        lead=_lead(manifest, result, lines),
         key_numbers=_key_numbers(result),
         sizes=(),
         sections=tuple(section for section in sections if section is not None),
@@ -103,9 +101,10 @@ def _headline(result: TrainingResult) -> str:
     return f"The training {verbs.get(result.state, 'is not finished')} after {epochs}."
 
 
-def _lead(manifest: TrainingManifest, result: TrainingResult) -> tuple[str, ...]:
+def _lead(manifest: TrainingManifest, result: TrainingResult, lines: Sequence[LogLine]) -> tuple[str, ...]:
     if result.state is TrainingState.DIVERGED:
-        return (_REMEDY_DIVERGED,)
+        has_checkpoint = any(isinstance(line, EventLine) and line.event is LogEvent.CHECKPOINT for line in lines)
+        return (f"{_REMEDY_DIVERGED} {_FINITE_CHECKPOINT}" if has_checkpoint else _REMEDY_DIVERGED,)
     if result.state in {TrainingState.INTERRUPTED, TrainingState.UNFINISHED}:
         command = resume_command(manifest.command, world_size=manifest.plan.world_size)
         return (f"Go on with: {plain(command)}" if command else "Go on with resume=True.",)

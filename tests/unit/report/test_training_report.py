@@ -7,7 +7,7 @@ from plotly.offline import get_plotlyjs
 
 import training_samples as samples
 from golden_files import golden
-from rightbatch.records.training_log import StepLine
+from rightbatch.records.training_log import EventLine, LogEvent, StepLine
 from rightbatch.records.training_run import TrainingState
 from rightbatch.report.document import Section
 from rightbatch.report.training import render_training_html, render_training_text
@@ -97,3 +97,13 @@ def test_the_loss_chart_shows_training_and_validation() -> None:
     assert [trace.name for trace in loss_chart(steps, []).data] == ["training"]
     assert [trace.name for trace in time_chart(steps, manifest).data] == ["realised", "predicted"]
     assert [trace.name for trace in time_chart(steps, manifest.model_copy(update={"predicted_steps": ()})).data] == ["realised"]
+
+
+def test_a_training_that_diverged_speaks_of_a_checkpoint_only_where_there_is_one() -> None:
+    manifest, lines = samples.diverged()
+    saved = EventLine(step=10, samples=1280, training_s=1.0, event=LogEvent.CHECKPOINT)
+
+    without, with_one = (build_training_verdict(manifest, made).lead[0] for made in (lines, (lines[0], saved, *lines[1:])))
+
+    assert "checkpoint" not in without
+    assert with_one == f"{without} The last checkpoint was made before, while the loss was finite."
