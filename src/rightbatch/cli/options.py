@@ -1,5 +1,6 @@
 """The options of every command; their docstrings are the help text. Imports nothing heavy."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,7 +166,7 @@ class TrainOptions:
 
     plan: Annotated[str | None, Parameter(metavar="RUN|SIZE")] = None
     """Folder of a run of find, or a batch size; without it, the run that find would have made, else the workload's lr_batch_size."""
-    epochs: Annotated[float | None, Parameter(validator=Number(gt=0))] = None
+    epochs: Annotated[float | None, Parameter(validator=Number(gt=0, lt=math.inf))] = None
     """How long to train, in epochs."""
     samples: Positive | None = None
     """How long to train, in samples over all epochs and processes."""

@@ -1,6 +1,7 @@
 """The log of a training, a JSON line each: optimizer steps, evaluations, and what else happened."""
 
 import json
+import math
 import re
 from enum import StrEnum
 from pathlib import Path
@@ -36,7 +37,7 @@ class TrainingTarget(Record):
             value = float(match[3]) if match is not None else 0.0
         except ValueError:
             match = None
-        if match is None or (match[1] == "loss") != (match[2] == "<="):
+        if match is None or not math.isfinite(value) or (match[1] == "loss") != (match[2] == "<="):
             raise UsageError(
                 f"a target is loss<=VALUE, or NAME>=VALUE with any name for the workload's metric, of which more is better; got {text!r}; "
                 "write it like 'accuracy>=0.97', in quotes."

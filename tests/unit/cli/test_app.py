@@ -180,6 +180,9 @@ USAGE_ERRORS = {
     "b, kib, mib, gib, tib, kb, mb, gb, tb, k, m, g, t is needed; got '3parsecs'; write it like 24GiB. See `rightbatch find --help`.",
     "find train.py:workload --budget soon": "Invalid value for --budget: a positive number and one of the units "
     "s, m, min, h, ms is needed; got 'soon'; write it like 2m. See `rightbatch find --help`.",
+    f"find train.py:workload --budget {400 * '9'}": "Invalid value for --budget: a positive number and one of the units "
+    f"s, m, min, h, ms is needed; got '{400 * '9'}'; write it like 2m. See `rightbatch find --help`.",
+    "train train.py:workload --epochs inf": 'Invalid value "inf" for --epochs. Must be < inf. See `rightbatch train --help`.',
     "find train.py:workload --goal tme": 'Invalid value "tme" for --goal. Choose from: "time", "samples", "energy", "accuracy". '
     'Did you mean "time"? See `rightbatch find --help`.',
     "find train.py:workload --max-batch 0": 'Invalid value "0" for --max-batch. Must be >= 1. See `rightbatch find --help`.',

@@ -30,7 +30,9 @@ def test_a_target_is_met_or_missed(text: str, met: EvaluationLine, missed: Evalu
     assert not target.is_met_by(missed)
 
 
-@pytest.mark.parametrize("text", ["", "0.97", "accuracy", "accuracy=0.9", "accuracy<=0.9", "loss>=0.9", "loss<=1.2.3", "a b>=1"])
+@pytest.mark.parametrize(
+    "text", ["", "0.97", "accuracy", "accuracy=0.9", "accuracy<=0.9", "loss>=0.9", "loss<=1.2.3", "a b>=1", "accuracy>=1e999"]
+)
 def test_another_form_of_target_is_refused_with_the_right_one(text: str) -> None:
     with pytest.raises(UsageError, match=r"write it like 'accuracy>=0\.97', in quotes"):
         TrainingTarget.parse(text)
