@@ -203,7 +203,7 @@ class _Scale:
         return Estimate(value=value, low=value * math.exp(-half), high=value * math.exp(half), n=len(values))
 
     def ratio(self, seconds: float, n: int, best: Tuned) -> Estimate:
-        """Seconds over those of the best size, minus 1."""
+        """Seconds of another size over those of the best one, minus 1."""
         value = seconds / self.seconds(best)
         if self._degrees == 0:
             return Estimate(value=value - 1, low=None, high=None, n=n)
@@ -321,11 +321,11 @@ def _swept_plan(plan: BatchPlan | None, tuned: Sequence[Tuned], best: Tuned | No
         return None
     share = 0.0 if below.size == above.size else math.log(size / below.size) / math.log(above.size / below.size)
     seconds = _between(share, scale.seconds(below), scale.seconds(above))
-    lr = _between(share, below.lr, above.lr)
+    lr, n = _between(share, below.lr, above.lr), min(len(below.samples), len(above.samples))
     return SweptPlan(
         global_batch_size=size,
         lr=plan.lr,
-        regret=scale.ratio(seconds, min(len(below.samples), len(above.samples)), best),
+        regret=Estimate(value=0.0, low=0.0, high=0.0, n=n) if size == best.size else scale.ratio(seconds, n, best),
         lr_over_best=None if plan.lr is None else plan.lr / lr,
         is_interpolated=below.size != above.size,
     )

@@ -96,7 +96,7 @@ def _unreliable(context: Context) -> str:
 
 
 def _short_search(context: Context) -> str:
-    if context.memory is None or context.memory.stopped_by != "budget":
+    if context.memory is None or context.memory.ceiling is None or context.memory.stopped_by != "budget":
         return ""
     return f"The budget ended the search for the ceiling at {context.memory.ceiling}: a larger --budget may find a larger one."
 

@@ -241,7 +241,8 @@ def _plan(result: SweepResult) -> Section | None:
         if plan.regret.low is None or plan.regret.high is None
         else (f" [{signed_percent(plan.regret.low)}, {signed_percent(plan.regret.high)}]")
     )
-    cost = f"{signed_percent(plan.regret.value)}{interval} time to the target"
+    is_best = plan.global_batch_size == result.best_size
+    cost = "the least time to the target" if is_best else f"{signed_percent(plan.regret.value)}{interval} time to the target"
     sentences = [f"The plan of rightbatch find is batch {plan.global_batch_size}{between}: {cost}."]
     if plan.lr is not None and plan.lr_over_best is not None:
         sentences.append(f"Its learning rate, {number(plan.lr)}, is {number(plan.lr_over_best)} times the tuned one.")

@@ -102,6 +102,14 @@ def test_the_regret_of_a_plan_is_its_time_over_the_least():
     assert not result.plan.is_interpolated
 
 
+def test_a_plan_at_the_best_size_loses_nothing_whatever_the_spread_between_seeds():
+    best = result_of(Law()).best_size
+
+    result = result_of(Law(), plan=BatchPlan(global_batch_size=best, micro_batch_size=best))
+
+    assert (result.plan.regret.low, result.plan.regret.value, result.plan.regret.high) == (0, 0, 0)
+
+
 def test_the_regret_of_a_plan_between_two_sizes_is_interpolated():
     result = result_of(Law(noise=0.0, sharpness=0.0), plan=BatchPlan(global_batch_size=362, micro_batch_size=362))
 

@@ -370,6 +370,12 @@ def test_a_sweep_answers_whatever_the_gradient_noise_says(steps):
     assert not any("noise" in sentence for sentence in findings.recommendation.advice)
 
 
+def test_a_search_that_the_budget_ended_before_any_size_ran_names_no_ceiling():
+    ended = memory(None, stopped_by="budget", status=Status.INDETERMINATE)
+
+    assert not any("None" in sentence for sentence in _recommend(memory=ended).advice)
+
+
 def test_a_sweep_of_other_sizes_than_the_timed_ones_leaves_none_to_choose():
     answer = _judge(_measurements(swept=_swept((4, 8)))).recommendation
 

@@ -10,6 +10,7 @@ import sweep_samples as samples
 from golden_files import golden
 from planted_sweeps import Law, settings_of, summary, sweep
 from rightbatch.fits.sweep import fit_sweep
+from rightbatch.records.plan import BatchPlan
 from rightbatch.records.sweep import SweepResult, TrialSpec
 from rightbatch.report.document import Section
 from rightbatch.report.sweep import render_sweep_html, render_sweep_text
@@ -128,3 +129,16 @@ def test_the_distance_from_a_hyperbola_through_two_sizes_is_not_told() -> None:
     assert sum(point.samples.value is not None for point in result.points) == 2 < len(result.points)
     assert not any("on average" in sentence for sentence in section(result, "critical").sentences)
     assert any("on average" in sentence for sentence in section(samples.good(), "critical").sentences)
+
+
+def test_a_plan_at_the_best_size_is_said_to_take_the_least_time() -> None:
+    settings = settings_of()
+    trials = sweep(Law(), settings)
+    alone = fit_sweep(settings, summary(), trials, is_complete=True, device_name="planted")
+    plan = BatchPlan(global_batch_size=alone.best_size, micro_batch_size=alone.best_size)
+
+    result = fit_sweep(settings, summary(), trials, is_complete=True, device_name="planted", plan=plan)
+
+    assert section(result, "practice").sentences == (
+        f"The plan of rightbatch find is batch {alone.best_size}: the least time to the target.",
+    )
