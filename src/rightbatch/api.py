@@ -1,7 +1,6 @@
 """What a Python program or a notebook calls: the tuner and the training behind one function each, and answers that show themselves."""
 
 import warnings
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -11,8 +10,9 @@ from pydantic import PrivateAttr
 from rightbatch.engine.process_state import preserved_process_state
 from rightbatch.engine.ranks import local_device
 from rightbatch.engine.rig import Rig, build_rig
-from rightbatch.errors import InconclusiveError, InterruptedRunError, NothingFitsError, RightbatchWarning
+from rightbatch.errors import InconclusiveError, InterruptedRunError, NothingFitsError, RightbatchWarning, UsageError
 from rightbatch.fits.schedule_text import schedule_text
+from rightbatch.progress import drawn_progress
 from rightbatch.records.plan import BatchPlan, Constraints, Findings, Goal, Objective
 from rightbatch.records.schedule import BatchSchedule
 from rightbatch.records.training_log import LogLine, TrainingTarget
@@ -34,6 +34,7 @@ from rightbatch.training.session import Origin, TrainedRun, run_training
 from rightbatch.tuner.find import find as find_run
 from rightbatch.tuner.request import STANDARD_PARTS, Part, Request, SilentProgress
 from rightbatch.units import parse_bytes, parse_duration_s
+from rightbatch.workload.given import GivenWorkload
 from rightbatch.workload.ingredients import Precision, Workload
 
 
@@ -76,25 +77,6 @@ class FoundPlan(BatchPlan):
         return render_text(self._findings, width=80, colour=False, now=datetime.now(UTC))
 
 
-@dataclass(frozen=True)
-class _Given:
-    """A workload that exists already, as a source."""
-
-    workload: Workload
-    spec: str = "a workload given in Python"
-    arguments: tuple[str, ...] = ()
-    name: str = "python"
-
-    def load(self) -> Workload:
-        return self.workload
-
-    def code_files(self) -> tuple[tuple[str, str], ...]:
-        return ()
-
-    def code_is_unchanged(self, files: tuple[tuple[str, str], ...]) -> bool:  # noqa: ARG002  # nothing on disk tells
-        return False
-
-
 def find(
     workload: Workload,
     *,
@@ -111,6 +93,8 @@ def find(
     isolation: Literal["child", "in-process"] = "child",
     lr_range: bool = False,
     out: str | Path | None = None,
+    resume: bool = False,
+    quiet: bool = False,
 ) -> FoundPlan:
     """Measure a workload and return the batch plan to train it with.
 
@@ -132,17 +116,22 @@ def find(
         isolation: ``child`` measures in a process of its own; ``in-process`` here, and puts everything back.
         lr_range: Whether to test learning rates even if the workload says where its own was tuned; without a tuned one that is done anyway.
         out: Run folder to keep everything in; ``None`` keeps nothing. Of several ranks the first writes it.
+        resume: Whether to measure only what ``out`` does not hold yet; whether the workload is still the same is for the caller to know.
+        quiet: Whether to show nothing meanwhile; progress is drawn on a terminal and in a notebook only.
 
     Returns:
         The plan, with its findings.
 
     Raises:
+        InterruptedRunError: Ctrl-C, or the interrupt of a notebook, ended it; with ``out``, ``resume=True`` goes on.
         NothingFitsError: Not even one sample fits in the limit.
         InconclusiveError: What was measured names no plan.
         UserCodeError: The model, dataset or loss raised.
         UsageError: An argument is not of the form above.
         RankError: Another rank failed; the message names it and its reason.
     """
+    if resume and out is None:
+        raise UsageError("going on with a run needs its folder; got none; say which with out.")
     request = Request(
         parts=STANDARD_PARTS | ({Part.BRANCHES} if verify else frozenset()) | ({Part.LR_RANGE} if lr_range else frozenset()),
         lr_range_if_untuned=True,
@@ -157,10 +146,15 @@ def find(
         threads=threads,
         isolation=isolation,
         out=None if out is None else Path(out),
-        fresh=True,
+        fresh=not resume,
         save=out is not None,
     )
-    found = find_run(_Given(workload), request, SilentProgress())
+    try:
+        with drawn_progress(quiet=quiet) as drawn:
+            found = find_run(GivenWorkload(workload), request, drawn or SilentProgress())
+    except InterruptedRunError as error:
+        going_on = "nothing was kept, because out was not given" if out is None else "go on with resume=True"
+        raise InterruptedRunError(f"{str(error).removesuffix('.')}; {going_on}.") from error
     plan = FoundPlan.of(found.findings)
     if found.findings.recommendation.status != "ok" and found.rank == 0:
         message = f"the recommendation is {found.findings.recommendation.status}; print(plan) says why and what to do."
@@ -224,6 +218,7 @@ def train(
     precision: Precision | None = None,
     seed: int = 0,
     threads: int | None = None,
+    quiet: bool = False,
     progress: TrainingProgress | None = None,
     keep_going: KeepGoing | None = None,
 ) -> Training:
@@ -251,7 +246,8 @@ def train(
         precision: Overrides the plan's and the workload's precision.
         seed: Seed of everything random.
         threads: Threads torch computes with; ``None`` leaves its default.
-        progress: Is told how it goes; ``None`` shows nothing.
+        quiet: Whether to show nothing meanwhile.
+        progress: Is told how it goes; ``None`` draws it on a terminal and in a notebook only.
         keep_going: Asked with each evaluation; the training ends where it returns False.
 
     Returns:
@@ -288,10 +284,11 @@ def train(
             checkpoint_every_s=parse_duration_s(checkpoint_every),
             evaluate_every=evaluate_every,
         )
-        shown = progress or SilentTraining()
-        for sentence in forecast_words(followed):
-            shown.update("forecast", 0.0, sentence)
-        run = run_training(rig, request, origin=Origin(), progress=shown, keep_going=keep_going)
+        with drawn_progress(quiet=quiet or progress is not None) as drawn:
+            shown = progress or drawn or SilentTraining()
+            for sentence in forecast_words(followed):
+                shown.update("forecast", 0.0, sentence)
+            run = run_training(rig, request, origin=Origin(), progress=shown, keep_going=keep_going)
     return _finished(run)
 
 

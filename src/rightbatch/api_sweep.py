@@ -3,18 +3,20 @@
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from pydantic import PrivateAttr
 
+from rightbatch.errors import InterruptedRunError
+from rightbatch.progress import drawn_sweep
 from rightbatch.records.sweep import SweepResult, TrialResult
 from rightbatch.records.training_log import TrainingTarget
 from rightbatch.report.sweep import render_sweep_html, render_sweep_text
 from rightbatch.sweeps.driver import sweep as run_sweep
 from rightbatch.sweeps.request import SilentSweep, SweepProgress, SweepRequest, SweptRun, parse_sizes
 from rightbatch.units import parse_duration_s
+from rightbatch.workload.given import GivenWorkload
 from rightbatch.workload.ingredients import Workload
 from rightbatch.workload.source import WorkloadSource
 
@@ -46,25 +48,6 @@ class Sweep(SweepResult):
         return render_sweep_text(self._run.result, width=80, colour=False)
 
 
-@dataclass(frozen=True)
-class _Given:
-    """A workload that exists already, as a source; whether its code has changed since is for the caller to know."""
-
-    workload: Workload
-    spec: str = "a workload given in Python"
-    arguments: tuple[str, ...] = ()
-    name: str = "python"
-
-    def load(self) -> Workload:
-        return self.workload
-
-    def code_files(self) -> tuple[tuple[str, str], ...]:
-        return ()
-
-    def code_is_unchanged(self, files: tuple[tuple[str, str], ...]) -> bool:
-        return not files
-
-
 def sweep(
     workload: Workload | str,
     target: str | TrainingTarget,
@@ -81,6 +64,7 @@ def sweep(
     threads: int | None = None,
     out: str | Path | None = None,
     fresh: bool = False,
+    quiet: bool = False,
     progress: SweepProgress | None = None,
 ) -> Sweep:
     """Train to a target at several batch sizes, with the learning rate tuned at each, and say what each size needs.
@@ -103,7 +87,8 @@ def sweep(
         threads: Threads of a trial; ``None`` shares the cores.
         out: Folder to keep everything in; ``None`` keeps nothing of a ``Workload``, and for a spec takes the folder of the command line.
         fresh: Whether to train again what the folder holds.
-        progress: Where to say how it goes; ``None`` is silent.
+        quiet: Whether to show nothing meanwhile.
+        progress: Where to say how it goes; ``None`` draws it on a terminal and in a notebook only.
 
     Returns:
         The result, with its trials.
@@ -114,9 +99,10 @@ def sweep(
         RunFolderError: The folder cannot be written, or holds something else.
         UsageError: An argument is not of the form above.
     """
-    source = WorkloadSource(workload) if isinstance(workload, str) else _Given(workload)
+    source = WorkloadSource(workload) if isinstance(workload, str) else GivenWorkload(workload)
+    is_kept = out is not None or isinstance(workload, str)
     with ExitStack() as stack:
-        if out is None and not isinstance(workload, str):
+        if not is_kept:
             out = stack.enter_context(tempfile.TemporaryDirectory())
         request = SweepRequest(
             target=target if isinstance(target, TrainingTarget) else TrainingTarget.parse(target),
@@ -133,4 +119,10 @@ def sweep(
             out=None if out is None else Path(out),
             fresh=fresh,
         )
-        return Sweep.of(run_sweep(source, request, progress or SilentSweep()))
+        drawn = stack.enter_context(drawn_sweep(quiet=quiet or progress is not None))
+        try:
+            return Sweep.of(run_sweep(source, request, progress or drawn or SilentSweep()))
+        except InterruptedRunError as error:
+            if is_kept:
+                raise InterruptedRunError(f"{error} Call it again with the same out to go on.") from error
+            raise InterruptedRunError("interrupted; nothing was kept, because out was not given.") from error

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from rightbatch.cli.measure import ANSWERED, INCONCLUSIVE, answered_help, without_fresh
 from rightbatch.cli.options import OutputOptions, SweepOptions, SweepRunOptions
 from rightbatch.cli.output import answer, say, shown_path, stdout_reserved, text_layout
-from rightbatch.cli.sweep_progress import show_sweep
+from rightbatch.cli.progress import show_sweep
 from rightbatch.errors import RunFolderError, UsageError
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rightbatch._version import __version__
 from rightbatch.engine.ranks import WAIT_S, Ranks, bucket_bytes, failure_told, local_device, ranks_from_environment
-from rightbatch.errors import InterruptedRunError
+from rightbatch.errors import InterruptedRunError, UsageError
 from rightbatch.records.folder import RUNS_FOLDER
 from rightbatch.records.measurements import (
     MemoryMeasurements,
@@ -26,6 +26,7 @@ from rightbatch.records.plan import Findings
 from rightbatch.records.run import RunFolder, RunManifest
 from rightbatch.tuner.kept import ORDER, SWEPT, WORKLOAD, Kept, answer_at_once, digest, now, read_kept, take_in_sweep
 from rightbatch.tuner.request import STANDARD_PARTS, Part, Progress, Request, SilentProgress, parts_of
+from rightbatch.units import format_number
 from rightbatch.workload.source import Source
 
 if TYPE_CHECKING:
@@ -232,6 +233,7 @@ def _measure(asked: _Asked, kept: Kept, waiting: frozenset[Part]) -> float:
             measuring = Measuring(_builder(asked), request, asked.progress, asked.clock_s)
             stack.callback(measuring.close)
             summary, kept.environment = measuring.describe()
+            _check_same(kept, summary)
             kept.keep(WORKLOAD, summary, request)
             code_files = measuring.on_host(partial(_code_files, source=source))
             manifest = _manifest(source, request, kept, asked.command, code_files)
@@ -245,6 +247,23 @@ def _measure(asked: _Asked, kept: Kept, waiting: frozenset[Part]) -> float:
             raise InterruptedRunError(f"interrupted; measured so far: {measured}.", shlex.join(asked.command)) from error
     kept.manifest = manifest
     return measuring.elapsed_s
+
+
+def _check_same(kept: Kept, summary: WorkloadSummary) -> None:
+    """Refuse to add to what was measured on another workload: its data may have changed where no code has, or all of it in Python."""
+    before: WorkloadSummary | None = kept.parts.get(WORKLOAD)
+    if before is None or kept.folder is None or not kept.part_names or _identity(before) == _identity(summary):
+        return
+    raise UsageError(
+        f"all parts of an answer must come from one workload; {kept.folder.path} holds parts of {_identity(before)}, and this one is "
+        f"{_identity(summary)}; measure all of it again (--fresh; in Python without resume), or pass another --out."
+    )
+
+
+def _identity(workload: WorkloadSummary) -> str:
+    rate = "" if workload.lr is None else f" at {format_number(workload.lr)}"
+    counts = f"{workload.parameter_count} parameters, {workload.train_size} training samples"
+    return f"{workload.name} ({counts}, {workload.optimizer}{rate})"
 
 
 def _measure_parts(measuring: "Measuring", asked: _Asked, kept: Kept, waiting: frozenset[Part], summary: WorkloadSummary) -> None:
