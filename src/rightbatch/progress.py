@@ -1,9 +1,11 @@
 """Progress that is drawn over and over: on a terminal, or below the cell of a notebook. Elsewhere there is nothing to draw on."""
 
 import io
+import math
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 _STAGE_CELLS = len("gradient noise")
 """Of the longest stage: the bar begins at the same place in all of them."""
 _NOTEBOOK_CELLS = 80
+_REDRAWN_EVERY_S = 0.25
+"""What is measured says far more, and drawing takes time from it."""
 
 
 class Canvas(Protocol):
@@ -136,15 +140,22 @@ class _Screen:
 
 
 class _Cell:
-    """The output of a notebook's cell, as text: any front end can replace that, without widgets."""
+    """The output of a notebook's cell, as text: any front end can replace that, without widgets.
 
-    def __init__(self) -> None:
+    Args:
+        clock_s: Seconds of any clock.
+    """
+
+    def __init__(self, clock_s: Callable[[], float] = time.monotonic) -> None:
         from IPython.display import display  # type: ignore[import-not-found, unused-ignore]  # loaded by whoever made the cell
 
-        self._text = self._above = ""
+        self._above = ""
+        self._clock_s, self._drawn_s = clock_s, -math.inf
         self._handle = display({"text/plain": ""}, raw=True, display_id=True)
 
     def redraw(self, picture: "RenderableType") -> None:
+        if self._clock_s() < self._drawn_s + _REDRAWN_EVERY_S:
+            return
         from rich.console import Console
 
         paper = Console(file=io.StringIO(), width=_NOTEBOOK_CELLS, color_system=None, force_jupyter=False)
@@ -152,6 +163,7 @@ class _Cell:
             paper.print(picture)
         lines = captured.get().splitlines()
         self._show("\n".join(line.rstrip() for line in ([self._above, *lines] if self._above else lines)))
+        self._drawn_s = self._clock_s()
 
     def scroll(self, text: str) -> None:
         """Keep the last line only: a cell does not scroll."""
@@ -162,9 +174,7 @@ class _Cell:
         self._show("")
 
     def _show(self, text: str) -> None:
-        if text != self._text:
-            self._text = text
-            self._handle.update({"text/plain": text}, raw=True)
+        self._handle.update({"text/plain": text}, raw=True)
 
 
 def _is_notebook() -> bool:

@@ -68,7 +68,7 @@ def test_going_on_needs_a_folder() -> None:
 
 
 @pytest.mark.parametrize("quiet", [False, True])
-def test_a_terminal_shows_what_is_measured_unless_that_is_not_wanted(monkeypatch: pytest.MonkeyPatch, quiet: bool) -> None:
+def test_a_terminal_shows_what_is_measured_unless_that_is_not_wanted(monkeypatch: pytest.MonkeyPatch, *, quiet: bool) -> None:
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)

@@ -346,7 +346,7 @@ def test_progress_reaches_the_caller_from_both_hosts(child, in_process, monkeypa
 
 def test_a_workload_that_cannot_be_sent_is_refused_with_what_to_do():
     lock = threading.Lock()
-    with pytest.raises(IsolationError, match=r"must be picklable .* give a file\.py:function instead, or pass isolation='in-process'"):
+    with pytest.raises(IsolationError, match=r"must be picklable .* where they are first used, or pass isolation='in-process'"):
         ChildHost(lambda: lock, said)
 
 

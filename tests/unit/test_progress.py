@@ -7,6 +7,7 @@ import types
 import pytest
 from rich.console import Console
 
+import rightbatch.progress
 from rightbatch.progress import DrawnProgress, drawn_progress, drawn_sweep
 from rightbatch.records.sweep import TrialSpec
 from rightbatch.sweeps.request import SweepStage
@@ -42,6 +43,7 @@ class Handle:
 @pytest.fixture
 def cell(monkeypatch):
     """What the cell of a notebook has shown, one text after another."""
+    monkeypatch.setattr(rightbatch.progress, "_REDRAWN_EVERY_S", 0.0)
     texts = []
     shell = types.SimpleNamespace(kernel=object())
     ipython, display = types.ModuleType("IPython"), types.ModuleType("IPython.display")
@@ -93,10 +95,18 @@ def test_what_a_program_prints_meanwhile_stays_on_its_stdout(monkeypatch, capsys
 def test_a_cell_shows_the_bar_and_is_empty_in_the_end(cell):
     with drawn_progress(quiet=False) as drawn:
         drawn.update("memory", 0.5, "trying 128")
-        drawn.update("memory", 0.5, "trying 128")
 
     assert [text.splitlines()[0].split()[0] if text else "" for text in cell] == ["starting", "memory", ""]
     assert cell[1].splitlines()[1] == "trying 128"
+
+
+def test_a_cell_is_not_drawn_for_every_word(cell, monkeypatch):
+    monkeypatch.setattr(rightbatch.progress, "_REDRAWN_EVERY_S", 1e6)
+    with drawn_progress(quiet=False) as drawn:
+        for percent in range(100):
+            drawn.update("memory", percent / 100, "")
+
+    assert [text.split()[:1] for text in cell] == [["starting"], []]
 
 
 def test_a_sweep_in_a_cell_keeps_its_last_news_above(cell):

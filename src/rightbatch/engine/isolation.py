@@ -101,7 +101,7 @@ class ChildHost:
         except Exception as error:
             raise IsolationError(
                 f"the workload must be picklable to be measured in a child process; got {type(error).__name__}: {error}; "
-                "give a file.py:function instead, or pass isolation='in-process'."
+                "make locks, open files and connections where they are first used, or pass isolation='in-process'."
             ) from error
         self._start()
 

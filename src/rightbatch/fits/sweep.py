@@ -125,6 +125,7 @@ def fit_sweep(
     is_complete: bool,
     device_name: str,
     step_times_s: Mapping[int, float] | None = None,
+    times_are_steady: bool = True,
     plan: BatchPlan | None = None,
 ) -> SweepResult:
     """Conclude from the trials.
@@ -136,6 +137,7 @@ def fit_sweep(
         is_complete: Whether no trial is left to run.
         device_name: Where the trials ran.
         step_times_s: Seconds a step by size, timed alone; none takes the trials' own.
+        times_are_steady: Whether those timings can be relied on.
         plan: What `find` recommended; none leaves its regret out.
     """
     found = {size: tune(settings, trials, size) for size in settings.sizes}
@@ -160,7 +162,7 @@ def fit_sweep(
         ),
         best_size=None if best is None else best.size,
         equivalent_sizes=() if best is None else tuple(entry.size for entry in tuned if scale.is_equivalent(entry, best)),
-        time_source="side by side" if step_times_s is None else "alone",
+        time_source="side by side" if step_times_s is None else "alone" if times_are_steady else "alone, unsteady",
         critical_batch_size=UNKNOWN if hyperbola is None else hyperbola.critical,
         fewest_samples=None if hyperbola is None else hyperbola.fewest_samples,
         fewest_steps=_fewest_steps(hyperbola),

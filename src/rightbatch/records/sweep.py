@@ -178,8 +178,9 @@ class SweepResult(Record):
     """Least time to the target."""
     equivalent_sizes: tuple[PositiveInt, ...]
     """Sizes whose time to the target is not told apart from 1.05 times the least."""
-    time_source: Literal["alone", "side by side"]
-    """Whether seconds a step come from steps timed alone (`find`), or from the trials, which shared the machine."""
+    time_source: Literal["alone", "alone, unsteady", "side by side"]
+    """Whether seconds a step come from steps timed alone (`find`), which may call them unsteady, or from the trials, which shared the
+    machine."""
     critical_batch_size: Estimate
     """B_crit of the hyperbola E(b) = E_min (1 + b / B_crit)."""
     fewest_samples: PositiveFloat | None

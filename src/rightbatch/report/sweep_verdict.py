@@ -82,7 +82,7 @@ def _key_numbers(result: SweepResult) -> tuple[KeyNumber, ...]:
     best = _point(result, result.best_size)
     if best is None:
         return ()
-    clock = "steps timed alone" if result.time_source == "alone" else "trials side by side"
+    clock = "trials side by side" if result.time_source == "side by side" else f"steps timed {result.time_source}"
     keys = [
         KeyNumber(label="fastest size", value=str(best.global_batch_size), note=f"at learning rate {number(best.lr or 0.0)}"),
         KeyNumber(
@@ -119,13 +119,17 @@ def _share(result: SweepResult) -> str:
     return percent(result.samples_trained / result.grid_samples) if result.grid_samples else "all"
 
 
+_CLOCKS = {
+    "alone": "Seconds are steps times the step time that rightbatch find measured alone.",
+    "alone, unsteady": "Seconds are steps times the step time that rightbatch find measured alone, too unsteadily to rely on: "
+    "samples and steps hold, times may not; free the machine, repeat find with --fresh, then this command.",
+    "side by side": "Seconds are those of trials that ran side by side and shared the machine; after rightbatch find of the same workload, "
+    "a repeated sweep command takes step times that were measured alone.",
+}
+
+
 def _sizes(result: SweepResult) -> Section:
-    clock = (
-        "Seconds are steps times the step time that rightbatch find measured alone."
-        if result.time_source == "alone"
-        else "Seconds are those of trials that ran side by side and shared the machine; after rightbatch find of the same workload, a "
-        "repeated sweep command takes step times that were measured alone."
-    )
+    clock = _CLOCKS[result.time_source]
     rows = tuple(
         (
             str(point.global_batch_size),

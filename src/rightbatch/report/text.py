@@ -43,7 +43,7 @@ def render_verdict(verdict: Verdict, *, width: int, colour: bool) -> str:
     """
     console = Console(
         file=io.StringIO(), width=width, force_terminal=colour, color_system="standard" if colour else None, no_color=not colour,
-        legacy_windows=False, highlight=False, emoji=False, markup=False, _environ={},
+        legacy_windows=False, force_jupyter=False, highlight=False, emoji=False, markup=False, _environ={},
     )  # fmt: skip
     with console.capture() as capture:
         console.print(_laid_out(verdict))

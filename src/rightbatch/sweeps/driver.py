@@ -30,7 +30,7 @@ from rightbatch.sweeps.settings import digest_of, scaling_rule, settings_of
 from rightbatch.sweeps.study import KILLED, Attempt, SweepStudy
 from rightbatch.sweeps.table import tidy_table
 from rightbatch.sweeps.tasks import Described, DescribeTask, TrialTask, WorkerSetting
-from rightbatch.sweeps.words import best_words, cost_words, ended_words, killed_words
+from rightbatch.sweeps.words import UNSTEADY, best_words, cost_words, ended_words, killed_words
 from rightbatch.workload.source import Source
 
 MOST_KILLS = 2
@@ -77,7 +77,7 @@ def sweep(
     """
     digest = digest_of(request, source.spec, source.arguments)
     executors.parse_where(request.where)
-    findings = known_findings(request.plan, source.spec, source.arguments)
+    findings = known_findings(request.plan, source)
     folder = SweepFolder.create(request.out or RUNS_FOLDER / f"sweep-{source.name}-{digest[:8]}")
     with folder.lock(), _terminated_as_interrupted():
         if request.fresh:
@@ -214,6 +214,8 @@ class _Driver:
             )
         else:
             self._say(manifest, study, executor, cost_words(manifest.settings, expected=expected, slots=executor.slots))
+        if self._is_unsteady and step_times_alone(self._timed(manifest), manifest.settings.sizes) is not None:
+            self._say(manifest, study, executor, UNSTEADY)
         while True:
             waiting = self._waiting(manifest, study)
             if not waiting and not self._running:
@@ -273,9 +275,20 @@ class _Driver:
         kept = "every trial that had ended is kept; those that ran are run again."
         return InterruptedRunError(f"interrupted; {kept}", shlex.join(self.command))
 
+    def _timed(self, manifest: SweepManifest) -> Findings | None:
+        """What `find` timed, where that was on the same device in the same precision."""
+        found = self.findings
+        same = (manifest.device_name, manifest.workload.precision)
+        return found if found is not None and (found.environment.device_name, found.environment.precision) == same else None
+
+    @property
+    def _is_unsteady(self) -> bool:
+        """Whether `find` says that its own timings cannot be relied on."""
+        return self.findings is not None and self.findings.recommendation.status == "unstable"
+
     def _conclude(self, manifest: SweepManifest, study: SweepStudy, *, ended_by_budget: bool) -> SweptRun:
         settings, trials = manifest.settings, study.results
-        step_times_s = step_times_alone(self.findings, settings.sizes)
+        step_times_s = step_times_alone(self._timed(manifest), settings.sizes)
         result: SweepResult = fit_sweep(
             settings,
             manifest.workload,
@@ -283,6 +296,7 @@ class _Driver:
             is_complete=not ended_by_budget,
             device_name=manifest.device_name,
             step_times_s=step_times_s,
+            times_are_steady=not self._is_unsteady,
             plan=None if self.findings is None else self.findings.recommendation.plan,
         )
         self.folder.write_result(result)

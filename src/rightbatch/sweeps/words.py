@@ -6,6 +6,8 @@ from rightbatch.fits.sweep import tune
 from rightbatch.records.sweep import SweepSettings, TrialResult, TrialSpec, TrialStatus
 from rightbatch.units import format_duration_s, format_number
 
+UNSTEADY = "the step times of the earlier find are unstable, so times will be rough; a find with --fresh on a free machine mends that"
+
 
 def cost_words(settings: SweepSettings, *, expected: int, slots: int) -> str:
     """Say before the first trial what the sweep is expected to take."""

@@ -144,7 +144,8 @@ def _sweeps_of(source: Source) -> Iterator[tuple[str, SweepEvidence]]:
             continue
         if manifest is None or result is None or (manifest.workload_spec, manifest.workload_arguments) != (source.spec, source.arguments):
             continue
-        evidence = evidence_of(result, str(path)) if source.code_is_unchanged(manifest.code_files) else None
+        is_same = bool(manifest.code_files) and source.code_is_unchanged(manifest.code_files)
+        evidence = evidence_of(result, str(path)) if is_same else None
         if evidence is not None:
             yield manifest.updated_at, evidence
 

@@ -2,9 +2,11 @@ import json
 import re
 import subprocess
 import sys
+import types
 from html.parser import HTMLParser
 
 import pytest
+import rich.console
 from plotly.offline import get_plotlyjs
 
 import findings_samples as samples
@@ -190,6 +192,7 @@ def test_the_memory_chart_shows_limit_and_ceiling() -> None:
 
 BLOCKER = """
 import sys
+import types
 class Blocker:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "torch":
@@ -213,3 +216,15 @@ def test_the_torch_blocker_can_fail() -> None:
 
     assert done.returncode != 0
     assert "torch was imported" in done.stderr
+
+
+def test_text_in_a_notebook_is_returned_and_not_shown_beside_that(monkeypatch) -> None:
+    shown = []
+    display = types.ModuleType("IPython.display")
+    display.display = shown.append
+    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    monkeypatch.setattr(rich.console, "_is_jupyter", lambda: True)
+
+    assert render_text(samples.good(), width=80, colour=False).startswith("batch ")
+    assert shown == []

@@ -80,6 +80,9 @@ def test_the_samples_chart_shows_the_measured_sizes_the_hyperbola_and_the_band()
 def test_whether_seconds_were_measured_alone_is_said() -> None:
     assert "measured alone" in section(samples.good(), "sizes").sentences[0]
     assert "ran side by side" in section(samples.partial(), "sizes").sentences[0]
+    unsteady = samples.good().model_copy(update={"time_source": "alone, unsteady"})
+    assert "too unsteadily to rely on: samples and steps hold, times may not" in section(unsteady, "sizes").sentences[0]
+    assert any(key.note.endswith("steps timed alone, unsteady") for key in build_sweep_verdict(unsteady).key_numbers)
 
 
 def test_the_plan_is_judged_by_its_regret_and_its_rate() -> None:

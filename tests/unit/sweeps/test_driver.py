@@ -9,6 +9,7 @@ from concurrent.futures import Future
 
 import pytest
 
+import findings_samples
 from planted_sweeps import TARGET, Law, settings_of, summary
 from planted_sweeps import sweep as planted
 from rightbatch.errors import (
@@ -19,6 +20,7 @@ from rightbatch.errors import (
     UserCodeError,
     WorkerKilledError,
 )
+from rightbatch.records.run import RunFolder, RunManifest
 from rightbatch.records.sweep import TrialStatus
 from rightbatch.records.sweep_folder import SweepFolder
 from rightbatch.sweeps.driver import Work, sweep
@@ -104,6 +106,38 @@ def test_the_expected_cost_is_said_first(tmp_path):
 
     assert "3 sizes from 32 to 128, 3 seeds: about 20 trials, 2 at once" in heard.news[0]
     assert heard.stages[-1].ended == len([line for line in heard.news if "samples" in line]) - 1
+
+
+def run_of(tmp_path, findings, **place):
+    """The folder of a run of ``find``, as far as a sweep reads it."""
+    environment = findings.environment.model_copy(update={"device_name": "planted", "precision": summary().precision, **place})
+    folder = RunFolder.create(tmp_path / "run")
+    folder.write_findings(findings.model_copy(update={"environment": environment}))
+    folder.write_manifest(
+        RunManifest(rightbatch_version="0", created_at="2026-01-01T00:00:00+00:00", updated_at="2026-01-01T00:00:00+00:00", command=(),
+                    workload_spec="planted.py:law", workload_arguments=(), environment=environment, code_files=(), state="complete")
+    )  # fmt: skip
+    return folder.path
+
+
+@pytest.mark.parametrize(("findings", "source"), [(findings_samples.good, "alone"), (findings_samples.unstable, "alone, unsteady")])
+def test_step_times_that_find_does_not_trust_are_not_trusted_here(tmp_path, findings, source):
+    heard = Heard()
+
+    found = drive(tmp_path, progress=heard, plan=run_of(tmp_path, findings()))
+
+    assert found.result.time_source == source
+    assert any("step times of the earlier find are unstable" in line for line in heard.news) is (source != "alone")
+
+
+@pytest.mark.parametrize("place", [{"device_name": "another"}, {"precision": "bf16"}])
+def test_step_times_of_another_device_or_precision_are_not_taken(tmp_path, place):
+    heard = Heard()
+
+    found = drive(tmp_path, progress=heard, plan=run_of(tmp_path, findings_samples.unstable(), **place))
+
+    assert found.result.time_source == "side by side"
+    assert not any("unstable" in line for line in heard.news)
 
 
 @pytest.mark.parametrize(("own", "told"), [("cuda", "cuda"), (None, "cuda:1")])
