@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from rightbatch.units import format_duration_s
 
@@ -108,11 +108,22 @@ def _canvas(*, quiet: bool) -> Iterator[Canvas | None]:
             yield cell
         finally:
             cell.clear()
-    elif sys.stderr.isatty() and os.environ.get("TERM", "").lower() not in {"dumb", "unknown"}:  # of which no line can be drawn again
+    elif _can_be_drawn_on(sys.stderr):
         with _terminal() as terminal:
             yield terminal
     else:
         yield None
+
+
+def _can_be_drawn_on(stream: TextIO | None) -> bool:
+    """Whether it is a terminal on which a line can be drawn again, and that has the characters of a bar."""
+    if stream is None or not stream.isatty() or os.environ.get("TERM", "").lower() in {"dumb", "unknown"}:
+        return False
+    try:
+        "━…·".encode(stream.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @contextmanager
@@ -122,7 +133,8 @@ def _terminal() -> Iterator[Canvas]:
 
     console = Console(stderr=True)
     # What is printed meanwhile scrolls past above the picture; where stdout is a file it stays there.
-    with Live(console=console, transient=True, refresh_per_second=4, redirect_stdout=sys.stdout.isatty()) as live:
+    is_shown = sys.stdout is not None and sys.stdout.isatty()
+    with Live(console=console, transient=True, refresh_per_second=4, redirect_stdout=is_shown) as live:
         yield _Screen(live)
 
 

@@ -27,6 +27,8 @@ class Paper:
 
 
 class Terminal(io.StringIO):
+    encoding: str = "utf-8"
+
     def isatty(self):
         return True
 
@@ -118,12 +120,13 @@ def test_a_sweep_in_a_cell_keeps_its_last_news_above(cell):
     assert cell[1].splitlines()[:3] == ["3 sizes", "running: batch 32, lr 0.100, seed 0", "0 of about 9 trials"]
 
 
-@pytest.mark.parametrize("where", ["pipe", "dumb terminal", "shell without a kernel"])
+@pytest.mark.parametrize("where", ["pipe", "dumb terminal", "terminal without the characters", "shell without a kernel"])
 def test_elsewhere_nothing_is_drawn(monkeypatch, cell, where):
     sys.modules["IPython"].get_ipython = lambda: types.SimpleNamespace() if where == "shell without a kernel" else None
-    stderr = Terminal() if where == "dumb terminal" else io.StringIO()
+    stderr = Terminal() if "terminal" in where else io.StringIO()
+    monkeypatch.setattr(Terminal, "encoding", "ascii" if where == "terminal without the characters" else "utf-8")
     monkeypatch.setattr(sys, "stderr", stderr)
-    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setenv("TERM", "dumb" if where == "dumb terminal" else "xterm")
     with drawn_progress(quiet=False) as progress, drawn_sweep(quiet=False) as sweep:
         assert progress is sweep is None
 

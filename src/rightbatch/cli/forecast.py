@@ -1,22 +1,17 @@
 """The memory command with ``--gpu``: forecast the ceiling on GPUs that need not be here."""
 
 import json
-import shutil
-import sys
 from typing import TYPE_CHECKING
 
 from rightbatch.cli.measure import ANSWERED, CHECK_FAILED, INCONCLUSIVE, NOTHING_FITS, answered_help, build_request, check_expectation
 from rightbatch.cli.options import FindOptions, MeasureOptions, MemoryOptions, OutputOptions
-from rightbatch.cli.output import answer, say, stdout_reserved
+from rightbatch.cli.output import answer, say, stdout_reserved, text_layout
 from rightbatch.cli.progress import show_progress
 from rightbatch.errors import UsageError
 
 if TYPE_CHECKING:
     from rightbatch.records.estimates import MemoryForecast
     from rightbatch.workload.source import WorkloadSource
-
-_WIDEST = 100
-_WIDTH_WITHOUT_TERMINAL = 80
 
 
 def forecast(
@@ -74,9 +69,7 @@ def _answer(found: "MemoryForecast", expected: int | None, *, as_json: bool) -> 
     from rightbatch.report.forecast_text import expectation, holds, render_forecast
 
     if not as_json:
-        terminal = sys.stdout.isatty()
-        width = min(_WIDEST, shutil.get_terminal_size().columns) if terminal else _WIDTH_WITHOUT_TERMINAL
-        answer(render_forecast(found, width=width, expected=expected))
+        answer(render_forecast(found, width=text_layout()["width"], expected=expected))
         return
     from rightbatch.records.record import SCHEMA_VERSION
 

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, TextIO, TypedDict
+
+from rightbatch.errors import UsageError
 
 if TYPE_CHECKING:
     from rightbatch.records.plan import Findings
@@ -20,22 +22,45 @@ _WIDEST = 100
 _WIDTH_WITHOUT_TERMINAL = 80
 
 
+_IN_ASCII = str.maketrans({"·": "|", "▶": ">", "≈": "~", "…": "...", "█": "#", **dict.fromkeys("▉▊▋▌", "#"), **dict.fromkeys("▍▎▏", "")})
+"""What stands for the characters of ours that not every encoding has."""
+
+
 def say(text: str) -> None:
-    """Write one message to stderr."""
+    """Write one message to stderr, where there is one."""
+    if sys.stderr is None:  # the process was started with it closed
+        return
     with suppress(BrokenPipeError):
-        sys.stderr.write(f"{text}\n")
+        sys.stderr.write(_encodable(f"{text}\n", sys.stderr))
         sys.stderr.flush()
 
 
 def answer(text: str) -> None:
-    """Write the answer to stdout; a reader that has gone away (``| head``) is no error. Of several ranks only the first answers."""
-    if _is_another_rank():
+    """Write the answer to stdout; a reader that has gone away (``| head``) is no error. Of several ranks only the first answers.
+
+    Raises:
+        UsageError: stdout cannot take it.
+    """
+    if sys.stdout is None or _is_another_rank():
         return
     try:
-        sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
+        sys.stdout.write(_encodable(text if text.endswith("\n") else f"{text}\n", sys.stdout))
         sys.stdout.flush()
     except BrokenPipeError:
         _drop_stdout()
+    except OSError as error:
+        _drop_stdout()
+        raise UsageError(f"the answer must go somewhere; stdout got {error.strerror}; make room, or send it elsewhere.") from error
+
+
+def _encodable(text: str, stream: TextIO) -> str:
+    """The text in characters that the stream can take: in plain ones where its encoding lacks some, as in the C locale."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return text.translate(_IN_ASCII).encode(encoding, "replace").decode(encoding)
+    return text
 
 
 def answer_findings(findings: "Findings", *, as_json: bool) -> None:
@@ -58,7 +83,7 @@ class TextLayout(TypedDict):
 
 def text_layout() -> TextLayout:
     """Return how a report is laid out on stdout as it is: a terminal, or a pipe."""
-    terminal = sys.stdout.isatty()
+    terminal = sys.stdout is not None and sys.stdout.isatty()
     width = min(_WIDEST, shutil.get_terminal_size().columns) if terminal else _WIDTH_WITHOUT_TERMINAL
     return {"width": width, "colour": terminal and not os.environ.get("NO_COLOR"), "now": datetime.now(UTC)}
 
@@ -82,8 +107,9 @@ def answer_error(kind: str, message: str, exit_code: int) -> None:
 @contextmanager
 def stdout_reserved() -> Iterator[None]:
     """Send to stderr what the user's code prints meanwhile, in this process and in its children, so that stdout holds the answer alone."""
-    with suppress(BrokenPipeError):
-        sys.stdout.flush()
+    if sys.stdout is not None:
+        with suppress(BrokenPipeError):
+            sys.stdout.flush()
     try:
         saved = os.dup(_STDOUT)
     except OSError:  # the process was started with its stdout closed

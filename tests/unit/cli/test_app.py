@@ -1,5 +1,6 @@
 """What the command line prints where, and with which exit code it ends."""
 
+import errno
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import pytest
 
 import findings_samples
 from rightbatch.cli import main
+from rightbatch.cli.output import answer
 from rightbatch.cli.progress import LineProgress
 from rightbatch.errors import (
     InconclusiveError,
@@ -283,6 +285,44 @@ def test_bug_shows_its_traceback_when_asked(tuner, capsys, monkeypatch) -> None:
     err = capsys.readouterr().err
     assert "Traceback (most recent call last)" in err
     assert err.endswith("this is a bug in rightbatch; report it with the traceback above.\n")
+
+
+class Written(io.TextIOWrapper):
+    """A stream of an encoding, and what it was given."""
+
+    def __init__(self, encoding: str) -> None:
+        super().__init__(io.BytesIO(), encoding=encoding)
+
+    @property
+    def text(self) -> str:
+        return self.buffer.getvalue().decode(self.encoding)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "written"), [("utf-8", "8 · ≈ 2 ██▍ µ\n"), ("ascii", "8 | ~ 2 ## ?\n"), ("latin-1", "8 | ~ 2 ## µ\n")]
+)
+def test_an_encoding_that_lacks_characters_gets_plain_ones(monkeypatch, encoding, written) -> None:
+    stream = Written(encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    answer("8 · ≈ 2 ██▍ µ")
+    assert stream.text == written
+
+
+def test_closed_streams_are_no_error(tuner, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(["find", WORKLOAD]) == 0
+
+
+def test_an_answer_that_finds_no_room_is_an_error_that_says_so(tuner, monkeypatch, capsys) -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", Full())
+        assert main(["find", WORKLOAD]) == 2
+    assert "stdout got No space left on device; make room, or send it elsewhere." in capsys.readouterr().err
 
 
 class BrokenPipe(io.StringIO):
