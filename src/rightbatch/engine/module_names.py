@@ -5,6 +5,7 @@ activations alive, so that a recording of memory would show a leak that training
 """
 
 import bisect
+import warnings
 from types import TracebackType
 
 import torch
@@ -38,6 +39,10 @@ class ModuleNames:
         return self._owners[place] if place >= 0 else ""
 
     def __enter__(self) -> "ModuleNames":
+        # A compiled module would warn its user of these hooks, which are ours and gone after the recording.
+        self._warnings = warnings.catch_warnings()
+        self._warnings.__enter__()
+        warnings.filterwarnings("ignore", message="Using `torch.compile\\(module\\)` when there are global hooks")
         self._handles = (
             register_module_forward_pre_hook(lambda module, _: self._enter(module)),
             register_module_forward_hook(lambda *_: self._leave(), always_call=True),
@@ -47,6 +52,7 @@ class ModuleNames:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for handle in self._handles:
             handle.remove()
+        self._warnings.__exit__(kind, error, trace)
 
     def _enter(self, module: nn.Module) -> None:
         self._running.append(self._names.get(id(module), self._running[-1] if self._running else ""))

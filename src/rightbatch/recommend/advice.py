@@ -155,6 +155,16 @@ def _about_workload(workload: WorkloadSummary) -> list[str]:
         sentences.append(
             "The loss is a sum, so its gradient grows with the batch: use its mean, or divide the learning rate by the batch size."
         )
+    if workload.couples_samples:
+        sentences.append(
+            "The loss of a batch is not the mean of its samples' losses, as in contrastive learning: another size trains for something "
+            "else, and no batch is accumulated here; couples_samples=True keeps training from cutting one."
+        )
+    if workload.loss_parameter_count:
+        sentences.append(
+            f"Trainable parameters of the loss itself, {workload.loss_parameter_count:,} here, are not trained: to train them, "
+            "make them the model's and give step=; else freeze them."
+        )
     if workload.optimizer_given and workload.lr is not None and workload.lr_batch_size is None:
         sentences.append(
             f"The learning rate {workload.lr:g} has no batch size to scale from: give lr_batch_size= to couple it to the plan."

@@ -311,7 +311,7 @@ class WorkloadSummary(Record):
     trainable_parameter_count: PositiveInt
     batch_norm: bool
     couples_samples: bool = False
-    """Whether the loss of a batch is not the mean of losses of its samples (a contrastive loss, declared by the user)."""
+    """Whether the loss of a batch is not the mean of losses of its samples, as a contrastive one: declared by the user, or found out."""
     loss_reduction: Literal["mean", "sum", "per_sample", "counted"]
     """How the loss reduces a batch; ``counted``: the user's step returns its own sample count."""
     optimizer: str
@@ -322,7 +322,11 @@ class WorkloadSummary(Record):
     betas: tuple[float, float] | None = None
     weight_decay: float | None = None
     lr: PositiveFloat | None
-    """The workload's own learning rate; none without an optimizer."""
+    """The workload's own learning rate, of the first parameter group; none without an optimizer."""
+    further_lrs: tuple[NonNegativeFloat, ...] = ()
+    """Rates of further parameter groups that differ from it."""
+    loss_parameter_count: NonNegativeInt = 0
+    """Trainable parameters of the loss itself, which no optimizer is given."""
     lr_batch_size: PositiveInt | None
     """The batch size at which that rate was tuned; none when the user did not say."""
     lr_is_tested: bool = False

@@ -37,7 +37,16 @@ def _coupling(plan: BatchPlan, findings: Findings) -> list[str]:
         tested = "that the range test found" if lr.base_is_tested else "tuned"
         how = tested if findings.swept is None else "that the sweep tuned"
         sentences.append(f"{number(plan.lr)} is {factor} rate {how} at {lr.base_batch_size} ({number(lr.base_lr)}){rule}.")
-    return [*sentences, *([plain(lr.validity)] if lr.validity else [])]
+    return [*sentences, *_further_groups(plan, findings), *([plain(lr.validity)] if lr.validity else [])]
+
+
+def _further_groups(plan: BatchPlan, findings: Findings) -> list[str]:
+    """Say what the rates of further parameter groups become."""
+    own, further = findings.workload.lr, findings.workload.further_lrs
+    if plan.lr is None or own is None or not further:
+        return []
+    become = " and ".join(f"{number(rate)} becomes {number(rate * plan.lr / own)}" for rate in further)
+    return [f"These are rates of the first parameter group; those of the others follow by the same factor: {become}."]
 
 
 def _range_test(tested: LrRange, findings: Findings) -> list[str]:

@@ -108,6 +108,13 @@ def coupled_loss(output, target):
     return cross_entropy(similarity, torch.arange(len(output)))
 
 
+def random_step(model, batch):
+    """Of every batch another part counts, as where tokens are masked."""
+    counted = torch.rand(len(batch[1])) < 0.5
+    counted[0] = True
+    return cross_entropy(model(batch[0])[counted], batch[1][counted]), int(counted.sum())
+
+
 @pytest.mark.parametrize(
     ("ingredients", "reduction", "couples"),
     [
@@ -116,8 +123,10 @@ def coupled_loss(output, target):
         ({"loss": lambda o, t: cross_entropy(o, t, reduction="none")}, "per_sample", False),
         ({"loss": None, "step": lambda m, b: (cross_entropy(m(b[0]), b[1]), len(b[1]))}, "counted", False),
         ({"loss": coupled_loss}, "mean", True),
+        ({"loss": None, "step": lambda m, b: (coupled_loss(m(b[0]), b[1]), len(b[1]))}, "counted", True),
+        ({"loss": None, "step": random_step}, "counted", False),
     ],
-    ids=["mean", "sum", "per sample", "counted", "coupled"],
+    ids=["mean", "sum", "per sample", "counted", "coupled", "counted and coupled", "counted and random"],
 )
 def test_how_the_loss_reduces_a_batch_is_found_out(ingredients, reduction, couples):
     rig = rig_of(workload_of(**ingredients))
@@ -130,6 +139,34 @@ def test_describing_runs_no_more_than_four_samples_at_once_unless_the_loss_looks
     device = FakeDevice()
     planted_rig(device, planted_workload(device, torch.zeros(100, DIMENSION)))().describe()
     assert device.largest_run == 4
+
+
+class Scaled(nn.Module):
+    """A loss that learns its temperature."""
+
+    def __init__(self):
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros(()))
+        self.offset = nn.Parameter(torch.zeros(3), requires_grad=False)
+
+    def forward(self, output, target):
+        return cross_entropy(output * self.log_scale.exp(), target)
+
+
+def test_a_summary_knows_what_the_optimizer_is_not_given_and_the_rates_of_all_groups():
+    def optimizer(parameters):
+        first, second, *others = parameters
+        return torch.optim.SGD([{"params": [first]}, {"params": [second], "lr": 0.01}, {"params": others}], lr=0.1)
+
+    summary = rig_of(workload_of(loss=Scaled(), optimizer=optimizer)).describe()
+
+    assert (summary.loss_parameter_count, summary.lr, summary.further_lrs) == (1, 0.1, (0.01,))
+
+
+def test_samples_that_do_not_stack_are_refused_with_what_to_do():
+    ragged = [(torch.zeros(3), 0), (torch.zeros(4), 0)] * 8
+    with pytest.raises(WorkloadError, match=r"must stack to a batch; got stack expects each tensor to be equal size.*give collate_fn="):
+        rig_of(workload_of(train=ragged)).describe()
 
 
 def test_a_rig_that_was_never_asked_to_describe_itself_knows_a_sum_too():

@@ -256,6 +256,8 @@ def test_half_the_memory_still_holds_the_largest_timed_size_that_needs_less():
         ({"batch_norm": True, "train_size": 256 * 40 + 1}, "last micro-batch of one"),
         ({"train_size": 1500}, "An epoch is only"),
         ({"loss_reduction": "sum"}, "The loss is a sum"),
+        ({"couples_samples": True}, "as in contrastive learning: another size trains for something else"),
+        ({"loss_parameter_count": 7}, "Trainable parameters of the loss itself, 7 here, are not trained"),
         ({"lr_batch_size": None}, "give lr_batch_size="),
     ],
 )

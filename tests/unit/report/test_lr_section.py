@@ -17,6 +17,12 @@ def test_tested_rate_is_told_from_a_tuned_one():
     assert "lr 1.2 (from 0.2 @ 64, tested)" in answer_line(untuned())
 
 
+def test_the_rates_of_further_parameter_groups_are_given_too():
+    grouped = good().model_copy(update={"workload": good().workload.model_copy(update={"further_lrs": (0.01, 0.5)})})
+
+    assert "first parameter group; those of the others follow by the same factor: 0.01 becomes 0.02 and 0.5 becomes 1." in _said(grouped)
+
+
 def _chosen_at(size, **workload):
     """A tested rate that is used at the very size of its test."""
     findings = untuned()
