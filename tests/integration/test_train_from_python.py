@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 import findings_samples
 import rightbatch as rb
 from cases import vectors
-from rightbatch.errors import UsageError
+from rightbatch.errors import UsageError, WorkloadError
 from rightbatch.records.training_log import EvaluationLine
 
 
@@ -73,6 +73,20 @@ def test_a_plan_of_ones_own_keeps_the_workloads_precision_unless_it_names_one() 
 
     assert next(kept.model.parameters()).dtype is torch.float64
     assert next(named.model.parameters()).dtype is torch.float32
+
+
+@pytest.mark.parametrize(
+    ("metric", "got"),
+    [
+        (lambda scores, labels: scores.argmax(1) == labels, r"got a tensor of shape \(\d+,\); return its mean"),
+        (lambda scores, labels: "good", r"got str 'good'; return its mean"),
+        (lambda scores, labels: None, r"got NoneType None; return its mean"),
+    ],
+    ids=["one a sample", "text", "nothing"],
+)
+def test_a_metric_that_is_no_number_is_refused_with_what_to_do(metric: object, got: str) -> None:
+    with pytest.raises(WorkloadError, match=f"metric must return one number for a batch; {got}"):
+        rb.train(made(metric=metric), epochs=1)
 
 
 def test_a_missed_target_is_warned_about_and_the_model_is_returned() -> None:

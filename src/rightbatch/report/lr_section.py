@@ -37,7 +37,7 @@ def _coupling(plan: BatchPlan, findings: Findings) -> list[str]:
         tested = "that the range test found" if lr.base_is_tested else "tuned"
         how = tested if findings.swept is None else "that the sweep tuned"
         sentences.append(f"{number(plan.lr)} is {factor} rate {how} at {lr.base_batch_size} ({number(lr.base_lr)}){rule}.")
-    return [*sentences, *_further_groups(plan, findings), *([plain(lr.validity)] if lr.validity else [])]
+    return [*sentences, *([plain(lr.validity)] if lr.validity else []), *_further_groups(plan, findings)]
 
 
 def _further_groups(plan: BatchPlan, findings: Findings) -> list[str]:
@@ -46,7 +46,7 @@ def _further_groups(plan: BatchPlan, findings: Findings) -> list[str]:
     if plan.lr is None or own is None or not further:
         return []
     become = " and ".join(f"{number(rate)} becomes {number(rate * plan.lr / own)}" for rate in further)
-    return [f"These are rates of the first parameter group; those of the others follow by the same factor: {become}."]
+    return [f"The rates above are those of the first parameter group; the others' follow by the same factor: {become}."]
 
 
 def _range_test(tested: LrRange, findings: Findings) -> list[str]:

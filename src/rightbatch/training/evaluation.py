@@ -96,7 +96,7 @@ class Evaluator:
             return loss, weight, 0.0, float(samples)
         assert self.workload.metric is not None, "has_metric says so"  # noqa: S101
         output, target = seen[0]
-        return loss, weight, float(self.workload.metric(output, target)) * samples, float(samples)
+        return loss, weight, _number(self.workload.metric(output, target)) * samples, float(samples)
 
     def _recording(self, seen: list[tuple[Any, Any]]) -> Objective:
         """The objective with a loss that notes the output and the target it was given, so that the model runs once."""
@@ -140,6 +140,23 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, is_training in modes.items():
             module.training = is_training
+
+
+def _number(returned: object) -> float:
+    """The metric of a batch, as the user's function returned it.
+
+    Raises:
+        WorkloadError: It is no number.
+    """
+    try:
+        return float(returned)  # type: ignore[arg-type]  # whatever it is
+    except (TypeError, ValueError, RuntimeError) as error:
+        what = (
+            f"a tensor of shape {tuple(returned.shape)}" if isinstance(returned, Tensor) else f"{type(returned).__name__} {returned!r:.40}"
+        )
+        raise WorkloadError(
+            f"metric must return one number for a batch; got {what}; return its mean over the batch, for example."
+        ) from error
 
 
 def _finite(value: float) -> float | None:

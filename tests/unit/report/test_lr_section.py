@@ -20,7 +20,7 @@ def test_tested_rate_is_told_from_a_tuned_one():
 def test_the_rates_of_further_parameter_groups_are_given_too():
     grouped = good().model_copy(update={"workload": good().workload.model_copy(update={"further_lrs": (0.01, 0.5)})})
 
-    assert "first parameter group; those of the others follow by the same factor: 0.01 becomes 0.02 and 0.5 becomes 1." in _said(grouped)
+    assert "first parameter group; the others' follow by the same factor: 0.01 becomes 0.02 and 0.5 becomes 1." in _said(grouped)
 
 
 def _chosen_at(size, **workload):
