@@ -19,6 +19,8 @@ LIGHT_PAGE, DARK_PAGE = "#ffffff", "#14171c"
 """Backgrounds that the charts are drawn on; the page's style sheet takes them from here."""
 _FAR = 2.5
 """A limit so many times above everything measured would flatten the curve that the chart is about."""
+_BELOW_NOTE = 0.87
+"""Where a line ends that words at the top of a chart would be written across."""
 BAND = "rgba(58, 126, 191, 0.18)"
 SHADE = "rgba(11, 143, 107, 0.13)"
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
@@ -41,9 +43,9 @@ def memory_chart(curve: MemoryCurve) -> go.Figure:
             heights = [used / GIB for _, used in points]
             figure.add_scatter(x=[size for size, _ in points], y=heights, name=name, mode="markers", marker=marker_of(colour, symbol))
     drawn = [used for _, used in curve.curve] + [point.used_bytes for point in curve.points if point.used_bytes is not None]
-    _limit(figure, curve.limit.limit_bytes / GIB, max(drawn, default=0) / GIB, "limit", format_bytes(curve.limit.limit_bytes))
+    top = _limit(figure, curve.limit.limit_bytes / GIB, max(drawn, default=0) / GIB, "limit", format_bytes(curve.limit.limit_bytes))
     if curve.ceiling is not None:
-        vertical_line(figure, curve.ceiling, f"ceiling {curve.ceiling}", GREEN, log=False)
+        vertical_line(figure, curve.ceiling, f"ceiling {curve.ceiling}", GREEN, log=False, top=top)
     figure.update_yaxes(rangemode="tozero")
     return figure
 
@@ -64,12 +66,13 @@ def speed_chart(curve: StepTimeCurve, loader: LoaderCurve | None) -> go.Figure:
             line={"color": BLUE, "width": 2, "shape": "spline"},
         )
     add_estimates(figure, sizes, [point.samples_per_s for point in curve.points], name="measured, 95 %")
+    top = 1.0
     if loader is not None and loader.samples_per_s.value is not None:
         best = max((point.samples_per_s.value or 0.0 for point in curve.points), default=0.0)
-        _limit(figure, loader.samples_per_s.value, best, "data loader", f"{format_number(loader.samples_per_s.value)} samples/s")
+        top = _limit(figure, loader.samples_per_s.value, best, "data loader", f"{format_number(loader.samples_per_s.value)} samples/s")
     log_sizes(figure, sizes)
     if curve.knee is not None:
-        vertical_line(figure, curve.knee, f"knee {curve.knee}", GREEN)
+        vertical_line(figure, curve.knee, f"knee {curve.knee}", GREEN, top=top)
     figure.update_yaxes(rangemode="tozero")
     return figure
 
@@ -216,23 +219,28 @@ def log_sizes(figure: go.Figure, sizes: Sequence[int]) -> None:
     figure.update_xaxes(type="log", tickvals=kept, ticktext=[str(size) for size in kept])
 
 
-def vertical_line(figure: go.Figure, size: float, text: str, colour: str, *, log: bool = True) -> None:
-    """Draw a dotted line at a size, with its words beside it; ``log`` says whether the axis is logarithmic."""
-    figure.add_vline(x=size, line={"color": colour, "width": 1.5, "dash": "dot"})
+def vertical_line(figure: go.Figure, size: float, text: str, colour: str, *, log: bool = True, top: float = 1.0) -> None:
+    """Draw a dotted line at a size up to a fraction of the height, its words beside it; ``log``: whether the axis is logarithmic."""
+    figure.add_vline(x=size, y1=top, line={"color": colour, "width": 1.5, "dash": "dot"})
     place = math.log10(size) if log else size
     figure.add_annotation(
         x=place, y=0.03, yref="paper", text=text, showarrow=False, xanchor="right", yanchor="bottom", xshift=-5, font={"color": colour}
     )
 
 
-def _limit(figure: go.Figure, height: float, highest_drawn: float, name: str, value: str) -> None:
-    """Draw a dashed line that bounds the curve, or say where it is when it lies far above."""
+def _limit(figure: go.Figure, height: float, highest_drawn: float, name: str, value: str) -> float:
+    """Draw a dashed line that bounds the curve, or say where it is when it lies far above.
+
+    Returns:
+        The part of the height below those words.
+    """
     if 0 < _FAR * highest_drawn < height:
         place = {"x": 0.02, "xref": "paper", "y": 0.98, "yref": "paper", "xanchor": "left", "yanchor": "top"}
         figure.add_annotation(**place, text=f"{name}: {value}, far above", showarrow=False, font={"color": ORANGE})
-        return
+        return _BELOW_NOTE
     figure.add_hline(y=height, line={"color": ORANGE, "width": 1.5, "dash": "dash"})
     _note(figure, x=0.0, y=height, text=name, colour=ORANGE)
+    return 1.0
 
 
 def _note(figure: go.Figure, *, x: float, y: float, text: str, colour: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
 from rightbatch.records.plan import Findings
@@ -79,7 +79,7 @@ def render_notebook(findings: Findings) -> str:
 
 
 def _environment() -> Environment:
-    return Environment(
+    environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
@@ -88,6 +88,13 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
         finalize=lambda value: held_together(value) if type(value) is str else value,  # Markup is done already
     )
+    environment.filters["breakable"] = _breakable
+    return environment
+
+
+def _breakable(words: str) -> Markup:
+    """Return a table's words such that a long name can break at its underscores: a phone would hide the columns after it."""
+    return escape(held_together(words)).replace("_", Markup("_<wbr>"))
 
 
 def _script(text: str) -> Markup:

@@ -13,6 +13,8 @@ from rightbatch.report.html import Chart
 from rightbatch.report.phrases import number
 
 _CURVE_POINTS = 60
+_SHORT = 5
+"""An axis over less than this factor is short of ticks."""
 
 
 def sweep_charts(result: SweepResult) -> Iterator[Chart]:
@@ -127,7 +129,7 @@ def pareto_chart(result: SweepResult, tuned: Sequence[SweepPoint]) -> go.Figure:
         cliponaxis=False,
         marker=marker_of(GREEN, "circle", 9),
     )
-    _log_axis(figure.update_xaxes, [point.steps for point in tuned])
+    _log_axis(figure.update_xaxes, [Estimate(value=point.steps.value, low=None, high=None, n=point.steps.n) for point in tuned])
     figure.update_yaxes(rangemode="tozero")
     return figure
 
@@ -175,11 +177,12 @@ def _estimates(
 
 
 def _log_axis(update: Callable[..., object], values: Sequence[Estimate]) -> None:
-    """Make an axis logarithmic, with ticks at 1, 2 and 5 times powers of ten."""
+    """Make an axis logarithmic, with ticks at 1, 2 and 5 times powers of ten; with more of them where that would leave one or none."""
     known = [end for value in values for end in (value.value, value.low, value.high) if end]
+    steps = (1, 2, 5) if max(known) > _SHORT * min(known) else (1, 1.5, 2, 3, 4, 5, 7)
     low, high = min(known) / 2, max(known) * 2
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [step * 10.0**power for power in decades for step in (1, 2, 5) if low <= step * 10.0**power <= high]
+    ticks = [step * 10.0**power for power in decades for step in steps if low <= step * 10.0**power <= high]
     update(type="log", tickvals=ticks, ticktext=[number(tick) for tick in ticks])
 
 

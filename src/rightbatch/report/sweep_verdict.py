@@ -15,7 +15,7 @@ def build_sweep_verdict(result: SweepResult) -> Verdict:
     """Put a sweep into words."""
     sections = (_sizes(result), _critical(result), _rates(result), _generalisation(result), _plan(result), _cost(result))
     return Verdict(
-        status=_STATUS[result.status],
+        status="unstable" if result.status == "ok" and _is_unsteady(result) else _STATUS[result.status],
         workload=plain(result.workload.name),
         answer=_answer(result),
         headline=_headline(result),
@@ -41,16 +41,22 @@ def _answer(result: SweepResult) -> str:
         parts.append(f"plan {result.plan.global_batch_size}: {signed_percent(result.plan.regret.value)}")
     if result.status != "ok":
         parts.append("partial")
+    if _is_unsteady(result):
+        parts.append("unsteady times")
     return " · ".join(parts)
 
 
-def _unsteady(result: SweepResult) -> list[int]:
+def _reached_by_some(result: SweepResult) -> list[int]:
     return [point.global_batch_size for point in result.points if point.status == "unsteady"]
 
 
 def _target(result: SweepResult) -> str:
     """What no size reached; where some seeds did, that is said."""
-    return f"{result.settings.target}{' with every seed' if _unsteady(result) else ''}"
+    return f"{result.settings.target}{' with every seed' if _reached_by_some(result) else ''}"
+
+
+def _is_unsteady(result: SweepResult) -> bool:
+    return result.time_source == "alone, unsteady" and result.best_size is not None
 
 
 def _headline(result: SweepResult) -> str:
@@ -66,12 +72,13 @@ def _headline(result: SweepResult) -> str:
 def _lead(result: SweepResult) -> tuple[str, ...]:
     if result.status == "never":
         best = "" if result.best_value is None else f" The best smoothed {result.settings.target.quantity} was {number(result.best_value)}."
-        some = _unsteady(result)
+        some = _reached_by_some(result)
         fell_short = f"{listed(some)} got there with some seeds only." if some else "Every trial was stopped, diverged or failed."
         return (f"{fell_short}{best} Choose a target that is reached, or allow more with --max-samples.",)
-    if result.status == "partial":
-        return ("The time budget ended the sweep; repeat the command to go on.",)
-    return ()
+    lead = ["The time budget ended the sweep; repeat the command to go on."] if result.status == "partial" else []
+    if _is_unsteady(result):
+        lead.append("The step times are too unsteady to rely on: samples and steps hold, times and which size is soonest may not.")
+    return tuple(lead)
 
 
 def _seconds(value: Estimate) -> str:
@@ -122,7 +129,7 @@ def _share(result: SweepResult) -> str:
 _CLOCKS = {
     "alone": "Seconds are steps times the step time that rightbatch find measured alone.",
     "alone, unsteady": "Seconds are steps times the step time that rightbatch find measured alone, too unsteadily to rely on: "
-    "samples and steps hold, times may not; free the machine, repeat find with --fresh, then this command.",
+    "free the machine, repeat find with --fresh, then this command.",
     "side by side": "Seconds are those of trials that ran side by side and shared the machine; after rightbatch find of the same workload, "
     "a repeated sweep command takes step times that were measured alone.",
 }

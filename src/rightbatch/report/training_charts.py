@@ -37,13 +37,15 @@ def training_charts(manifest: TrainingManifest, lines: Sequence[LogLine]) -> Ite
             description="The workload's metric on the validation samples over the samples trained on, with the target if there is one.",
             figure=metric_chart(evaluations, manifest),
         )
-    yield Chart(
-        section="batch",
-        title="Batch size",
-        description="Global batch size over the samples trained on: a step wherever the schedule changes it.",
-        figure=staircase_chart(steps, [line.global_batch_size for line in steps], "batch size"),
-    )
-    if all(line.lr is not None for line in steps):
+    # A size or a rate that never changes is said in a sentence; a level line would say no more.
+    if len({line.global_batch_size for line in every_step}) > 1:
+        yield Chart(
+            section="batch",
+            title="Batch size",
+            description="Global batch size over the samples trained on: a step wherever the schedule changes it.",
+            figure=staircase_chart(steps, [line.global_batch_size for line in steps], "batch size"),
+        )
+    if all(line.lr is not None for line in steps) and len({line.lr for line in every_step}) > 1:
         yield Chart(
             section="batch",
             title="Learning rate",

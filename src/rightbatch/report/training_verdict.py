@@ -192,7 +192,7 @@ def _noise(lines: Sequence[LogLine]) -> Section | None:
     return Section(
         key="noise",
         title="Gradient noise",
-        sentences=(f"The noise scale of the run so far was last {estimate(known[-1][1])} samples.",),
+        sentences=(f"Over the run, up to sample {known[-1][0]}, the noise scale was {estimate(known[-1][1])} samples.",),
         tables=(Table(caption="Noise scale of the run so far", header=header, rows=rows, behind_chart=True),),
     )
 

@@ -12,7 +12,7 @@ from plotly.offline import get_plotlyjs
 import findings_samples as samples
 from golden_files import golden
 from rightbatch.report import charts
-from rightbatch.report.html import render_html, render_notebook
+from rightbatch.report.html import _breakable, render_html, render_notebook
 from rightbatch.report.text import render_text
 
 NAMES = sorted(samples.ALL)
@@ -216,6 +216,21 @@ def test_the_torch_blocker_can_fail() -> None:
 
     assert done.returncode != 0
     assert "torch was imported" in done.stderr
+
+
+def test_a_note_at_the_top_of_a_chart_is_crossed_by_no_line() -> None:
+    curve = samples.good().memory
+    far = curve.model_copy(update={"limit": curve.limit.model_copy(update={"limit_bytes": 1 << 50})})
+
+    tops = [max(shape.y1 for shape in charts.memory_chart(each).layout.shapes if shape.x0 == shape.x1) for each in (curve, far)]
+
+    assert tops[0] == 1
+    assert tops[1] < 0.9
+
+
+def test_a_long_name_in_a_table_can_break_and_a_number_cannot() -> None:
+    assert str(_breakable("aten.max_pool2d")) == "aten.max_<wbr>pool2d"
+    assert str(_breakable("0.0746 <b>")) == "0.0746 &lt;b&gt;"
 
 
 def test_text_in_a_notebook_is_returned_and_not_shown_beside_that(monkeypatch) -> None:

@@ -14,7 +14,7 @@ from rightbatch.records.plan import BatchPlan
 from rightbatch.records.sweep import SweepResult, TrialSpec
 from rightbatch.report.document import Section
 from rightbatch.report.sweep import render_sweep_html, render_sweep_text
-from rightbatch.report.sweep_charts import samples_chart, sweep_charts
+from rightbatch.report.sweep_charts import pareto_chart, samples_chart, sweep_charts
 from rightbatch.report.sweep_verdict import build_sweep_verdict
 
 NAMES = sorted(samples.ALL)
@@ -77,11 +77,24 @@ def test_the_samples_chart_shows_the_measured_sizes_the_hyperbola_and_the_band()
     assert [trace.name for trace in figure.data] == ["robust curve, 90 %", "hyperbola", "measured, 95 %"]
 
 
+def test_an_axis_over_a_short_range_has_ticks_too() -> None:
+    result = samples.good()
+    near = [point for point in result.points if point.steps.value is not None][:2]
+
+    drawn = [tick for tick in pareto_chart(result, near).layout.xaxis.tickvals if near[1].steps.value <= tick <= near[0].steps.value]
+
+    assert len(drawn) > 1
+
+
 def test_whether_seconds_were_measured_alone_is_said() -> None:
     assert "measured alone" in section(samples.good(), "sizes").sentences[0]
     assert "ran side by side" in section(samples.partial(), "sizes").sentences[0]
     unsteady = samples.good().model_copy(update={"time_source": "alone, unsteady"})
-    assert "too unsteadily to rely on: samples and steps hold, times may not" in section(unsteady, "sizes").sentences[0]
+    assert "too unsteadily to rely on: free the machine" in section(unsteady, "sizes").sentences[0]
+    assert "which size is soonest may not" in build_sweep_verdict(unsteady).lead[-1]
+    assert (build_sweep_verdict(unsteady).status, build_sweep_verdict(samples.good()).status) == ("unstable", "ok")
+    assert build_sweep_verdict(unsteady).answer.endswith(" · unsteady times")
+    assert build_sweep_verdict(samples.good()).lead == ()
     assert any(key.note.endswith("steps timed alone, unsteady") for key in build_sweep_verdict(unsteady).key_numbers)
 
 

@@ -11,7 +11,7 @@ from rightbatch.records.training_log import EventLine, LogEvent, StepLine
 from rightbatch.records.training_run import TrainingState
 from rightbatch.report.document import Section
 from rightbatch.report.training import render_training_html, render_training_text
-from rightbatch.report.training_charts import loss_chart, time_chart
+from rightbatch.report.training_charts import loss_chart, time_chart, training_charts
 from rightbatch.report.training_verdict import build_training_verdict
 
 NAMES = sorted(samples.ALL)
@@ -88,6 +88,14 @@ def test_a_training_that_has_not_begun_has_a_report_without_charts() -> None:
 
     assert "The training is not finished after 0 epochs." in page
     assert get_plotlyjs() not in page
+
+
+def test_what_never_changes_is_not_drawn() -> None:
+    manifest, lines = samples.good()
+    steps = [line.model_copy(update={"global_batch_size": 64, "lr": 0.1}) if isinstance(line, StepLine) else line for line in lines]
+
+    assert {"Batch size", "Learning rate"} <= {chart.title for chart in training_charts(manifest, lines)}
+    assert not {"Batch size", "Learning rate"} & {chart.title for chart in training_charts(manifest, steps)}
 
 
 def test_the_loss_chart_shows_training_and_validation() -> None:
