@@ -12,8 +12,9 @@ UNSTEADY = "the step times of the earlier find are unstable, so times will be ro
 def cost_words(settings: SweepSettings, *, expected: int, slots: int) -> str:
     """Say before the first trial what the sweep is expected to take."""
     sizes = f"{len(settings.sizes)} sizes from {settings.sizes[0]} to {settings.sizes[-1]}"
+    seeds = "one seed" if settings.seeds == 1 else f"{settings.seeds} seeds"
     return (
-        f"{sizes}, {settings.seeds} seeds: about {expected} trials, {slots} at once, each of at most {settings.most_samples} samples; "
+        f"{sizes}, {seeds}: about {expected} trials, {slots} at once, each of at most {settings.most_samples} samples; "
         "most are stopped long before. The time is told once trials have ended."
     )
 

@@ -1,11 +1,12 @@
 """Which GPU a trial on this machine gets, and what its own process calls it."""
 
+import threading
 from dataclasses import dataclass
 
 import pytest
 
 from rightbatch.errors import UsageError
-from rightbatch.sweeps.executors import ExecutorSetting, local
+from rightbatch.sweeps.executors import ExecutorSetting, local, packed
 
 
 @dataclass
@@ -47,3 +48,8 @@ def test_where_no_gpu_can_be_told_apart_the_device_stays_as_it_was_named(open_wi
 def test_a_gpu_that_is_not_here_is_refused_with_those_that_are(open_with, device, gpus, advice):
     with pytest.raises(UsageError, match=f"must name a GPU of this machine; got {device}; use {advice}"):
         open_with(device, gpus=gpus)
+
+
+def test_a_workload_that_cannot_be_pickled_is_refused_with_what_to_do():
+    with pytest.raises(UsageError, match=r"must be picklable .* cannot pickle '_thread.lock' object; .* or give it as 'FILE.py:FUNCTION'"):
+        packed(print, threading.Lock())

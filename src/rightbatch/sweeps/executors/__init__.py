@@ -96,3 +96,20 @@ def open_executor(where: str, *, jobs: int | None, device: str) -> Executor:
     name, address = parse_where(where)
     opened: Executor = import_module(HOMES[name]).open_executor(ExecutorSetting(address=address, jobs=jobs, device=device))
     return opened
+
+
+def packed(function: Callable[[P], R], params: P) -> bytes:
+    """Return a function and its argument as they are sent to another process.
+
+    Raises:
+        UsageError: They cannot be pickled.
+    """
+    import cloudpickle
+
+    try:
+        return bytes(cloudpickle.dumps((function, params)))
+    except Exception as error:
+        raise UsageError(
+            f"the workload must be picklable to be trained in other processes; got {type(error).__name__}: {error}; "
+            "make locks, open files and connections where they are first used, or give it as 'FILE.py:FUNCTION'."
+        ) from error

@@ -20,7 +20,7 @@ import cloudpickle
 
 from rightbatch.engine.isolation import CRASHES, place_of_this_process, spawned
 from rightbatch.errors import IsolationError, RightbatchError, UsageError, UserCodeError, WorkerKilledError
-from rightbatch.sweeps.executors import ExecutorSetting
+from rightbatch.sweeps.executors import ExecutorSetting, packed
 
 P = TypeVar("P")
 R = TypeVar("R")
@@ -107,7 +107,7 @@ class LocalExecutor:
 
     def submit(self, function: Callable[[P], R], params: P) -> "Future[R]":
         """Run a function in a process of its own, as soon as a slot is free."""
-        return self._pool.submit(self._run, cloudpickle.dumps((function, params)))
+        return self._pool.submit(self._run, packed(function, params))
 
     def close(self) -> None:
         """Kill what still runs, and the template."""

@@ -24,10 +24,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
-import cloudpickle
-
 from rightbatch.errors import ClusterError, WorkerKilledError
-from rightbatch.sweeps.executors import ExecutorSetting
+from rightbatch.sweeps.executors import ExecutorSetting, packed
 from rightbatch.sweeps.executors.placement import Node, Placement, place
 from rightbatch.sweeps.executors.remote import Outcome, opened, run_there
 
@@ -263,7 +261,7 @@ class RayExecutor:
 
     def submit(self, function: Callable[[P], R], params: P) -> "Future[R]":
         """Run a function on some node, in a process of its own; again elsewhere when its node is lost."""
-        return self._pool.submit(self._run, cloudpickle.dumps((function, params)))
+        return self._pool.submit(self._run, packed(function, params))
 
     def close(self) -> None:
         """Kill what still runs, and disconnect."""

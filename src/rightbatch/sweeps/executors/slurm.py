@@ -18,10 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import cloudpickle
-
 from rightbatch.errors import ClusterError, RightbatchError, UsageError, WorkerKilledError
-from rightbatch.sweeps.executors import ExecutorSetting
+from rightbatch.sweeps.executors import ExecutorSetting, packed
 from rightbatch.sweeps.executors.placement import Placement, place
 from rightbatch.sweeps.executors.remote import opened
 from rightbatch.sweeps.executors.slurm_queue import Job, Queue, SlurmQueue, read_partition
@@ -129,7 +127,7 @@ class SlurmExecutor:
         """Run a function in a job of its own; in another one when its node is lost."""
         future: Future[R] = Future()
         future.set_running_or_notify_cancel()
-        self._new.put(_Errand(cloudpickle.dumps((function, params)), future))
+        self._new.put(_Errand(packed(function, params), future))
         return future
 
     def close(self) -> None:
