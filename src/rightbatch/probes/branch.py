@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from rightbatch.engine.learning_rate import scale_lr
+from rightbatch.engine.learning_rate import load_optimizer, scale_lr
 from rightbatch.engine.losses import loss_sum
 from rightbatch.engine.rig import Rig, seed_everything, shuffled_epochs
 from rightbatch.engine.step import Trainee, train_step
@@ -190,7 +190,10 @@ class _State:
     def restore(self, trainee: Trainee, *, lr_factor: float) -> None:
         parts: dict[str, dict[str, Any]] = torch.load(io.BytesIO(self.saved), map_location="cpu", weights_only=False)
         for name, part in _stateful(trainee).items():
-            part.load_state_dict(parts[name])
+            if isinstance(part, torch.optim.Optimizer):
+                load_optimizer(part, parts[name])
+            else:
+                part.load_state_dict(parts[name])
         trainee.model.train()
         scale_lr(trainee.optimizer, lr_factor)
         seed_everything(_BRANCH_SEED)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rightbatch.engine.in_process import users_errors
-from rightbatch.engine.learning_rate import set_lr
+from rightbatch.engine.learning_rate import load_optimizer, set_lr
 from rightbatch.engine.rig import Rig, seed_everything
 from rightbatch.engine.step import Trainee
 from rightbatch.errors import UsageError, WorkloadError
@@ -75,7 +75,7 @@ class Parts:
         """Take over what ``state`` returned."""
         given: Any = state
         self.model.load_state_dict(given["model"])
-        self.optimizer.load_state_dict(given["optimizer"])
+        load_optimizer(self.optimizer, given["optimizer"])
         if self.average is not None:
             self.average.load_state_dict(given["average"])
         self.loader.load_state_dict(given["loader"])

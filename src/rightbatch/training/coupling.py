@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rightbatch.engine.learning_rate import multiply_setting
 from rightbatch.records.schedule import BatchSetting
 from rightbatch.training.batch_schedule import SettingSource
 
@@ -44,9 +45,9 @@ class Coupling:
         groups = self._optimizer.param_groups
         before = [{key: _kept(group[key]) for key in ("lr", "betas", "weight_decay") if key in group} for group in groups]
         try:
+            multiply_setting(self._optimizer, "lr", setting.lr_factor)
+            multiply_setting(self._optimizer, "weight_decay", setting.weight_decay_factor)
             for group in groups:
-                _multiply(group, "lr", setting.lr_factor)
-                _multiply(group, "weight_decay", setting.weight_decay_factor)
                 if "betas" in group and setting.beta_power != 1.0:
                     group["betas"] = tuple(beta**setting.beta_power for beta in group["betas"])
             yield
@@ -68,15 +69,6 @@ class Coupling:
 
 def _kept(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
-
-
-def _multiply(group: dict[str, Any], key: str, factor: float) -> None:
-    if key not in group or factor == 1.0:
-        return
-    if isinstance(group[key], Tensor):  # captured or compiled optimizers hold on to the tensor
-        group[key].mul_(factor)
-    else:
-        group[key] = group[key] * factor
 
 
 def _put_back(group: dict[str, Any], key: str, value: Any) -> None:

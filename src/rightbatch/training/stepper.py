@@ -233,6 +233,7 @@ class Stepper:
         setting = self._coupling.setting_at(self._samples_seen)
         with self._coupling.applied(setting):
             lr = self._trainee.optimizer.param_groups[0]["lr"]
+            lr = lr.clone() if isinstance(lr, Tensor) else lr  # the tensor itself goes on to the next step's rate
             norm = apply_update(self._trainee, clip_factor=1.0 if setting is None else setting.clip_factor)
         self._coupling.advance(self._samples_seen, self._samples_seen + all_samples)
         self._samples_seen += all_samples

@@ -127,6 +127,20 @@ def test_learning_rate_of_a_branch_is_the_workloads_own_times_its_factor():
     assert [probe.result.lr for probe in measured.probes] == pytest.approx([2 * own, 0.5 * own])
 
 
+def test_rates_held_as_tensors_stay_where_they_are():
+    built = []
+
+    def adam(parameters):
+        rate = torch.tensor(0.125)
+        built.append((torch.optim.Adam(parameters, lr=rate), rate))
+        return built[-1][0]
+
+    measured = measure(plan(factor=2.0), on=rig(optimizer=adam), checkpoint=plan(factor=4.0, samples=8))
+
+    assert [probe.result.lr for probe in measured.probes] == [0.25]
+    assert all(optimizer.param_groups[0]["lr"] is rate for optimizer, rate in built)
+
+
 def test_a_branch_ends_when_it_is_beyond_the_target():
     measured = measure(plan(samples=64), plan(samples=64), target=math.inf)
 

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import random
 import signal
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -336,6 +337,21 @@ def test_the_folder_is_a_trainings_before_anything_else_lies_in_it(tmp_path: Pat
     trained(made(), tmp_path / "run", epochs=1)
 
     assert seen == [[".lock", "training.json"]]
+
+
+def test_a_rate_held_as_a_tensor_is_the_same_tensor_after_resuming(tmp_path: Path) -> None:
+    built: list[tuple[torch.optim.Optimizer, Tensor]] = []
+
+    def adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        rate = torch.tensor(0.01)
+        built.append((torch.optim.Adam(parameters, lr=rate), rate))
+        return built[-1][0]
+
+    workload = dataclasses.replace(weighed(made()), optimizer=adam)
+    trained(workload, tmp_path / "run", epochs=1)
+    trained(workload, tmp_path / "run", resume=True)
+
+    assert all(optimizer.param_groups[0]["lr"] is rate for optimizer, rate in built)
 
 
 def test_resuming_an_empty_folder_starts(tmp_path: Path) -> None:

@@ -277,6 +277,18 @@ def test_a_tensor_rate_is_coupled_in_place_and_put_back_exactly():
         assert float(rate) == float(torch.tensor(0.1))
 
 
+def test_a_tensor_rate_that_groups_share_is_coupled_once_and_told_as_it_was_in_the_step():
+    model = net()
+    optimizer = torch.optim.Adam([{"params": [parameter]} for parameter in model.parameters()], lr=torch.tensor(0.1))
+    taken = []
+    optimizer.register_step_pre_hook(lambda *_: taken.append([float(group["lr"]) for group in optimizer.param_groups]))
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    stepper = rb.Stepper(model, optimizer, cross_entropy, plan_of(8), schedule=Doubling(), scheduler=scheduler)
+    outcomes = [stepper(batch_of(8)) for _ in range(3)]
+    assert taken == [pytest.approx([rate] * 4) for rate in (0.1, 0.1, 0.1)]
+    assert [float(outcome.lr) for outcome in outcomes] == [rates[0] for rates in taken]
+
+
 @pytest.mark.parametrize("sizes", [(8, 8, 8, 8), (4, 4, 4, 4)])
 def test_the_monitor_measures_accumulated_steps_and_halves_of_others(sizes):
     model = net()
