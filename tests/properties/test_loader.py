@@ -135,6 +135,6 @@ def test_the_number_of_batches_left_is_known_at_every_step(size, batch, ranks, d
         world_size=ranks,
     )
     promised, samples = len(loader), loader.samples_per_epoch
-    left = [len(loader) for _ in loader]
-    assert left == list(range(promised))[::-1]
+    left = [(len(loader), loader.epoch_is_delivered) for _ in loader]
+    assert left == [(batches, batches == 0) for batches in reversed(range(promised))]
     assert loader.samples_seen == samples == (size // batch * batch if drop_last else size)

@@ -87,6 +87,11 @@ class ScheduledSampler:
         self.position = 0
         self._pending.clear()
 
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether the epoch has no further batch by the present schedule; nothing is drawn by asking."""
+        return next(self._sizes_left(self._size_at(copy.deepcopy(self._schedule))), None) is None
+
     def batches_left(self) -> int:
         """Return how many batches the epoch still has by the present schedule; nothing is drawn by asking."""
         if self._schedule is not None or self._pending:

@@ -157,6 +157,11 @@ class BatchLoader:
         return self._sampler.epoch
 
     @property
+    def epoch_is_delivered(self) -> bool:
+        """Whether no batch of the current epoch is left by the present schedule: in the body of the ``for``, whether this is its last."""
+        return self._sampler.is_exhausted
+
+    @property
     def epoch_samples_seen(self) -> int:
         """Samples of the current epoch that were delivered, over all ranks."""
         return self._sampler.position

@@ -225,8 +225,8 @@ class TrainingLoop:
                 log=parts.peers.rank == 0 and now_s - self._logged_s >= self._request.log_every_s,
             )
         )
-        every = self._request.evaluate_every or parts.loader.samples_per_epoch
-        is_due = before // every != parts.stepper.samples_seen // every
+        every = self._request.evaluate_every
+        is_due = parts.loader.epoch_is_delivered if every is None else before // every != parts.stepper.samples_seen // every
         if wishes.log or is_due or wishes.stop or wishes.save:
             self._flush()
         if is_due and self._ended is None:

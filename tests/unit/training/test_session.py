@@ -201,6 +201,16 @@ def test_the_caller_can_end_it_after_an_evaluation() -> None:
     assert (run.result.state, run.result.samples, len(asked)) == (TrainingState.STOPPED, 96, 2)
 
 
+def test_epochs_that_leave_out_more_or_less_are_evaluated_at_their_ends() -> None:
+    schedule = parse_schedule("milestones:0=32,120=48").model_copy(update={"coupling": SizeCoupling(base_batch_size=32, optimizer="AdamW")})
+
+    run = trained(
+        made(train=vectors(100)), plan=BatchPlan(global_batch_size=32, micro_batch_size=32), epochs=None, samples=368, schedule=schedule
+    )
+
+    assert [line.samples for line in run.lines if isinstance(line, EvaluationLine)] == [96, 176, 272, 368]
+
+
 def test_evaluating_changes_nothing_of_the_training() -> None:
     often, once = trained(everything(), evaluate_every=16), trained(everything(valid=None, metric=None))
 
