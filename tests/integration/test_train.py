@@ -255,6 +255,18 @@ def test_sigterm_saves_and_the_command_that_is_said_goes_on(start: Start, here: 
     assert (resumed.code, json.loads(resumed.out)["samples"], json.loads(resumed.out)["resumes"]) == (0, samples + 400, 1)
 
 
+def test_a_signal_that_reaches_the_workers_too_saves(start: Start, training: Path) -> None:
+    words = ("--epochs", "100000", "--plan", "8", "--threads", "1", "--out", "cut", "--", "--workers", "2")
+    endless = start("train", "train.py:trained", *words)
+    read_until(endless, "training: ")
+
+    os.killpg(endless.pid, signal.SIGTERM)
+    said = endless.stderr.read()
+
+    assert endless.wait(60) == 130
+    assert "everything is saved" in said
+
+
 def test_kills_at_random_moments_cost_nothing(tmp_path: Path) -> None:
     tally = kill_resume.Tally()
     words = kill_resume.CASES["by the noise, 2 workers"]

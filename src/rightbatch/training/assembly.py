@@ -22,6 +22,7 @@ from rightbatch.training.loader import BatchLoader
 from rightbatch.training.peers import Peers
 from rightbatch.training.request import TrainingRequest
 from rightbatch.training.stepper import Stepper
+from rightbatch.training.stop_signals import outlive_first_signal
 
 _NOISE_EVERY, _NOISE_EVERY_ADAPTIVE = 50, 10
 _BATCH_NORM = (nn.modules.batchnorm._BatchNorm,)  # noqa: SLF001  # the common base of all batch normalisations
@@ -148,6 +149,7 @@ def assemble(rig: Rig, request: TrainingRequest, peers: Peers) -> Parts:
         num_workers=num_workers,
         collate_fn=workload.collate_fn,
         drop_last=_last_batch_is_too_small(trainee.model, rig.train_size, plan, is_constant=schedule is None),
+        worker_init_fn=outlive_first_signal,
         rank=peers.rank,
         world_size=peers.world_size,
     )

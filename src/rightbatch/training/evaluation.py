@@ -14,6 +14,7 @@ from rightbatch.engine.losses import part_loss
 from rightbatch.engine.process_state import preserved_process_state
 from rightbatch.errors import WorkloadError
 from rightbatch.training.peers import Peers
+from rightbatch.training.stop_signals import outlive_first_signal
 from rightbatch.workload.ingredients import Batch, Workload, sample_count
 from rightbatch.workload.objective import Objective
 
@@ -69,6 +70,7 @@ class Evaluator:
             batch_size=batch_size,
             num_workers=self.num_workers,
             collate_fn=self.workload.collate_fn,
+            worker_init_fn=outlive_first_signal,
         )
         sums = [0.0, 0.0, 0.0, 0.0]
         with preserved_process_state(), _evaluating(model), torch.no_grad():

@@ -39,3 +39,19 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+
+def outlive_first_signal(_worker: int) -> None:
+    """Let a worker of a data loader end at the second signal of a kind, as the training itself: its present step still needs the samples.
+
+    Terminals, cluster schedulers and ``torchrun`` send a signal to the whole process group.
+
+    Args:
+        _worker: Number of the worker, as ``worker_init_fn`` is told.
+    """
+    for number in _HEEDED:
+        signal.signal(number, _end_at_the_next)
+
+
+def _end_at_the_next(number: int, _frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)
