@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 from cases import Residual, images, rig_of, sgd
 from rightbatch.engine.isolation import ChildHost, Completed, InProcessHost, Killed, OutOfMemory
 from rightbatch.engine.out_of_memory import is_out_of_memory
+from rightbatch.engine.provenance import environment
 from rightbatch.engine.rig import Rig
 from rightbatch.errors import IsolationError, UserCodeError, WorkloadError
 from rightbatch.probes import gradient_noise, loader, memory, step_time
@@ -196,6 +197,41 @@ def test_what_a_probe_changes_in_the_process_is_put_back_and_the_digest_would_se
         return users.digest()
 
     assert in_process.call(untidy).value != before
+
+
+@pytest.fixture
+def new_precision():
+    """The switch that torch's older ones cannot tell of, set by the user."""
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = "none"
+
+
+def fp32_precisions():
+    backends = torch.backends
+    return [owner.fp32_precision for owner in (backends, backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul)]
+
+
+def test_the_users_float32_precision_is_told_and_left_as_it_was(users, new_precision):
+    before = fp32_precisions()
+    host = InProcessHost(build(users.workload()), said)
+
+    told = dict(host.call(environment, "in-process").value.flags)["float32 matmul precision"]
+    host.call(lambda rig: setattr(torch.backends, "fp32_precision", "ieee"))
+
+    assert told == "tf32 on CUDA, none in oneDNN"
+    assert fp32_precisions() == before
+
+
+def test_switches_that_nothing_changed_are_not_written_down_as_set(in_process):
+    torch.backends.cuda.matmul.fp32_precision = "none"
+    in_process.call(lambda rig: None)
+    assert torch.backends.cuda.matmul.fp32_precision == "none"
+
+
+def test_a_default_device_is_put_back(in_process):
+    in_process.call(lambda rig: torch.set_default_device("meta"))
+    assert torch.get_default_device() == torch.device("cpu")
 
 
 def test_what_a_failing_probe_changes_is_put_back_too(users, in_process):

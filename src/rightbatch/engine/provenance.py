@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from rightbatch._version import __version__
+from rightbatch.engine.process_state import float32_precision_words
 from rightbatch.engine.rig import Rig
 from rightbatch.records.environment import Environment
 
@@ -34,7 +35,7 @@ def environment(rig: Rig, isolation: Literal["child", "in-process"]) -> Environm
         isolation=isolation,
         seed=rig.seed,
         flags=(
-            ("float32 matmul precision", torch.get_float32_matmul_precision()),
+            ("float32 matmul precision", float32_precision_words()),
             ("deterministic algorithms", str(torch.are_deterministic_algorithms_enabled())),
             ("cudnn benchmark", str(torch.backends.cudnn.benchmark)),
         ),
