@@ -57,14 +57,15 @@ def mean_weight(loss: Callable[..., Tensor] | None) -> Callable[[Tensor], Tensor
     """
     # A subclass that computes something else is not one of torch's own.
     if isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss)) and type(loss).forward in (nn.CrossEntropyLoss.forward, nn.NLLLoss.forward):
-        return TargetWeight(weight=loss.weight, ignore_index=loss.ignore_index) if loss.reduction == "mean" else None
+        module = loss
+        return TargetWeight(lambda: (module.weight, module.ignore_index)) if module.reduction == "mean" else None
     named = isinstance(loss, functools.partial) and not loss.args
     given, function = (loss.keywords, loss.func) if named and isinstance(loss, functools.partial) else ({}, loss)
     if function not in (nn.functional.cross_entropy, nn.functional.nll_loss) or given.get("reduction", "mean") != "mean":
         return None
     if given.get("size_average") is not None or given.get("reduce") is not None:
         return None
-    return TargetWeight(weight=given.get("weight"), ignore_index=given.get("ignore_index", -100))
+    return TargetWeight(lambda: (given.get("weight"), given.get("ignore_index", -100)))
 
 
 def is_torch_sum(loss: object) -> bool:
@@ -76,14 +77,13 @@ class TargetWeight:
     """Sum of ``weight[target]`` over the targets that are not ignored.
 
     Args:
-        weight: Of each class; none weighs them alike.
-        ignore_index: Target that does not count.
+        settings: Returns the weight of each class, none where they weigh alike, and the target that does not count. Asked for each target,
+            because a program may give its loss other weights in the course of a training.
     """
 
-    def __init__(self, *, weight: Tensor | None, ignore_index: int) -> None:
-        self._weight = weight
-        self._ignore_index = ignore_index
-        self._copies: dict[torch.device, tuple[int, Tensor]] = {}
+    def __init__(self, settings: Callable[[], tuple[Tensor | None, int]]) -> None:
+        self._settings = settings
+        self._copies: dict[torch.device, tuple[Tensor, int, Tensor]] = {}
 
     def __call__(self, target: Tensor) -> Tensor | float:
         """Return the weight of a target, shape () on its device.
@@ -93,20 +93,19 @@ class TargetWeight:
         """
         if target.is_floating_point():
             return target.numel() / target.shape[min(1, target.ndim - 1)]
-        counts = target != self._ignore_index
-        if self._weight is None:
+        weight, ignored = self._settings()
+        target = target.long()  # bytes would wrap an index of -100 to 156, and pick weights as a mask
+        counts = target != ignored
+        if weight is None:
             return counts.sum()
-        weight = self._on(target.device)
-        return torch.where(counts, weight[torch.where(counts, target, 0)], 0.0).sum()
+        return torch.where(counts, self._on(target.device, weight)[torch.where(counts, target, 0)], 0.0).sum()
 
-    def _on(self, device: torch.device) -> Tensor:
+    def _on(self, device: torch.device, weight: Tensor) -> Tensor:
         """The weights on a device, copied there once: each copy from a GPU would make the host wait."""
-        weight = self._weight
-        assert weight is not None, "asked only where there are weights"  # noqa: S101
         if weight.device == device:
             return weight.detach()
-        version, copy = self._copies.get(device, (-1, weight))
-        if version != weight._version:  # noqa: SLF001  # torch's documented counter of writes
+        source, version, copy = self._copies.get(device, (None, -1, weight))
+        if source is not weight or version != weight._version:  # noqa: SLF001  # torch's documented counter of writes
             copy = weight.detach().to(device)
-            self._copies[device] = (weight._version, copy)  # noqa: SLF001
+            self._copies[device] = (weight, weight._version, copy)  # noqa: SLF001
         return copy

@@ -36,6 +36,21 @@ def indices(shape=(8,), *, ignored=None):
     return target
 
 
+@pytest.mark.parametrize("weight", [None, torch.linspace(0.5, 2.0, 200, dtype=torch.float64)])
+def test_targets_in_bytes_weigh_as_whole_numbers_do(weight):
+    loss = nn.CrossEntropyLoss(weight=weight)
+    target = torch.tensor([156, 1, 199, 0], dtype=torch.uint8)  # 156 is -100 in bytes
+    assert float(mean_weight(loss)(target)) == float(mean_weight(loss)(target.long())) > 0
+    assert float(mean_weight(loss)(target)) == pytest.approx(4.0 if weight is None else float(weight[target.long()].sum()))
+
+
+def test_weights_that_the_loss_gets_later_count():
+    loss = nn.CrossEntropyLoss(weight=WEIGHTS)
+    weight = mean_weight(loss)
+    loss.weight = 10 * WEIGHTS
+    assert float(weight(indices())) == pytest.approx(10 * float(WEIGHTS[indices()].sum()))
+
+
 @pytest.mark.parametrize("shape", [(8,), (8, 5), (8, 2, 5)])
 @pytest.mark.parametrize(
     ("loss", "summed", "ignored"),
