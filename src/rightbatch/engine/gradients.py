@@ -10,7 +10,13 @@ _FEWEST_BLOCKS = 8
 
 def flat_gradient(parameters: tuple[nn.Parameter, ...]) -> Float[Tensor, " param"]:
     """Return the gradients of the parameters as one vector; a parameter without a gradient counts as zero."""
-    return torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.detach().to_dense().flatten() for p in parameters])
+    gradients = [torch.zeros_like(p, requires_grad=False) if p.grad is None else p.grad.detach().to_dense() for p in parameters]
+    return torch.cat([as_real(gradient).flatten() for gradient in gradients])
+
+
+def as_real(gradient: Tensor) -> Tensor:
+    """Return a complex gradient as twice as many real numbers, with the same norm and dot products; a real one as it is."""
+    return torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient
 
 
 def block_limit(parameter_bytes: int, budget_bytes: int) -> int:

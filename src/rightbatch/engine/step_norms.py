@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from rightbatch.engine.gradients import as_real
 from rightbatch.errors import UsageError
 
 
@@ -109,7 +110,7 @@ class StepNorms:
             self._is_reduced = self._reducer.require_backward_grad_sync
 
     def _norm(self, gradient: Tensor) -> Float[Tensor, ""]:
-        norm: Tensor = torch.linalg.vector_norm(gradient.detach(), dtype=self._norm_dtype)
+        norm: Tensor = torch.linalg.vector_norm(as_real(gradient.detach()), dtype=self._norm_dtype)
         return norm
 
     def _add(self, samples: int, weight: float) -> None:
@@ -121,7 +122,7 @@ class StepNorms:
         self.sq_weight_per_sample += weight**2 / samples
         self._state = self._gradient_state()
         if self.micro_batch_count > 1 or self._reducer is not None:
-            held = {index: parameter.grad for index, parameter in enumerate(self._parameters) if parameter.grad is not None}
+            held = {index: as_real(parameter.grad) for index, parameter in enumerate(self._parameters) if parameter.grad is not None}
             norms = torch._foreach_norm(list(held.values()), 2, self._norm_dtype)  # noqa: SLF001  # what torch's own clipping calls
             self._sq_norms_of_sum = self._squares(dict(zip(held, norms, strict=True)))
         self._current = {}

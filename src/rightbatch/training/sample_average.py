@@ -49,7 +49,7 @@ class SampleAverage(nn.Module):
     @torch.no_grad()
     def _blend(self, averages: Tensors, current: Tensors, _updates: Tensor | int) -> None:
         """Tensors come by type; counters among the buffers are copied."""
-        if averages[0].is_floating_point():
+        if averages[0].is_floating_point() or averages[0].is_complex():
             torch._foreach_lerp_(averages, current, 1.0 - self._kept)
         else:
             torch._foreach_copy_(averages, current)

@@ -98,3 +98,9 @@ def test_a_sparse_gradient_is_made_dense():
     embedding = nn.Embedding(4, 2, sparse=True)
     embedding(torch.tensor([1, 1])).sum().backward()
     assert flat_gradient(tuple(embedding.parameters())).tolist() == [0, 0, 2, 2, 0, 0, 0, 0]
+
+
+def test_a_complex_gradient_is_flattened_to_its_real_parts():
+    used, unused = (nn.Parameter(torch.zeros(2, dtype=torch.complex64)) for _ in range(2))
+    used.grad = torch.tensor([1 + 2j, 3 - 4j]).conj()
+    assert flat_gradient((used, unused)).tolist() == [1, -2, 3, 4, 0, 0, 0, 0]

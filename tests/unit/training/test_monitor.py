@@ -88,6 +88,31 @@ def test_a_step_equals_per_sample_gradients(sizes, factors, dataset_size):
     assert only_step(monitor) == pytest.approx(expected, rel=TOLERANCE)
 
 
+class Modulus(nn.Module):
+    """The moduli of complex scores, of a complex weight or of its two real parts."""
+
+    def __init__(self, weight, *, is_complex):
+        super().__init__()
+        parts = [weight] if is_complex else [weight.real, weight.imag]
+        self.parts = nn.ParameterList([nn.Parameter(part.clone()) for part in parts])
+
+    def forward(self, x):
+        weight = self.parts[0] if len(self.parts) == 1 else torch.complex(*self.parts)
+        return (x.flatten(1).to(weight.dtype) @ weight).abs()
+
+
+def test_a_complex_parameter_counts_as_its_two_real_parts():
+    weight = torch.randn(36, 4, dtype=torch.complex128, generator=torch.Generator().manual_seed(0))
+    found = []
+    for is_complex in (True, False):
+        model = Modulus(weight, is_complex=is_complex)
+        optimizer = sgd(model)
+        monitor = rb.NoiseMonitor(model, optimizer, every=1)
+        train(monitor, model, optimizer, 1)
+        found.append(only_step(monitor))
+    assert found[0] == pytest.approx(found[1], rel=TOLERANCE)
+
+
 def test_a_constant_factor_on_the_loss_drops_out_of_the_noise_scale():
     def value(factor):
         model = cnn()

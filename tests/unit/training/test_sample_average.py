@@ -30,6 +30,18 @@ def test_after_a_half_life_half_is_left_whatever_the_batch_sizes(sizes):
     assert float(average(torch.zeros(1, 2)).detach()) == pytest.approx(2.0)
 
 
+def test_complex_weights_are_averaged_too():
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.tensor([1.0 + 1.0j]))
+    average = SampleAverage(model, 64)
+    average.update_parameters(model)
+    with torch.no_grad():
+        model.weight.fill_(3.0 - 1.0j)
+    average.count_samples(64)
+    average.update_parameters(model)
+    assert average.averaged.module.weight.tolist() == [pytest.approx(2.0)]
+
+
 def test_a_decay_per_step_becomes_its_power_at_another_size():
     rho, base, size = 0.99, 32, 128
     half_life = base * torch.log(torch.tensor(0.5, dtype=torch.float64)) / torch.log(torch.tensor(rho, dtype=torch.float64))
