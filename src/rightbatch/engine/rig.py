@@ -14,7 +14,7 @@ from torch.utils.data import default_collate
 from rightbatch.engine.losses import loss_sum
 from rightbatch.engine.meters import Meters, meters_for
 from rightbatch.engine.out_of_memory import is_out_of_memory
-from rightbatch.engine.step import Trainee
+from rightbatch.engine.step import Trainee, needs_closure
 from rightbatch.errors import UsageError, WorkloadError
 from rightbatch.records.measurements import WorkloadSummary
 from rightbatch.workload.ingredients import Batch, Precision, Workload, map_tensors
@@ -71,6 +71,11 @@ class Rig:
         optimizer = torch.optim.Adam(trained, lr=STAND_IN_LR) if workload.optimizer is None else workload.optimizer(trained)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise WorkloadError(f"optimizer must build a torch.optim.Optimizer; it returned {type(optimizer).__name__}.")
+        if needs_closure(optimizer):
+            raise WorkloadError(
+                f"an optimizer must step with the gradients of one batch; {type(optimizer).__name__} computes its own, in a closure; "
+                "build another, such as torch.optim.SGD."
+            )
         scaler = GradScaler(self.device.type) if workload.precision == "fp16" else None
         average = None if workload.average is None else workload.average(model)
         if average is not None and not callable(getattr(average, "update_parameters", None)):

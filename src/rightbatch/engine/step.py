@@ -5,6 +5,7 @@ unequal micro-batches equals the full batch's. Averaging the means of unequal mi
 """
 
 import contextlib
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -53,6 +54,12 @@ class Trainee:
     def device(self) -> torch.device:
         """Device of the parameters."""
         return next(self.model.parameters()).device
+
+
+def needs_closure(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer computes gradients itself, however often it wants, as LBFGS does: then no step can be taken with given ones."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 @dataclass(frozen=True, kw_only=True)

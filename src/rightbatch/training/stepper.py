@@ -13,7 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 from rightbatch.engine.data_parallel import DataParallel, find_wrapper
 from rightbatch.engine.losses import Weight
 from rightbatch.engine.retry import PatientBackward
-from rightbatch.engine.step import Trainee, Window, apply_update, expected_weight, window_weights
+from rightbatch.engine.step import Trainee, Window, apply_update, expected_weight, needs_closure, window_weights
 from rightbatch.errors import UsageError
 from rightbatch.records.estimates import NoiseScale
 from rightbatch.records.plan import BatchPlan
@@ -158,7 +158,7 @@ class Stepper:
         noise_every: int | None = None,
         dataset_size: int | None = None,
     ) -> None:
-        _check(loss, step, loss_weight, scheduler, average)
+        _check(loss, step, loss_weight, optimizer, scheduler, average)
         wrapper = find_wrapper(model, needed_by="the stepper")
         objective = Objective(
             loss=loss,
@@ -347,11 +347,16 @@ class _Placing:
         return tensor.to(self._device, dtype, non_blocking=True)
 
 
-def _check(loss: object, step: object, loss_weight: object, scheduler: object, average: object) -> None:
+def _check(loss: object, step: object, loss_weight: object, optimizer: torch.optim.Optimizer, scheduler: object, average: object) -> None:
     if (loss is None) == (step is None):
         raise UsageError(f"a stepper takes either a loss or a step; got {'neither' if loss is None else 'both'}; give None for the other.")
     if step is not None and loss_weight is not None:
         raise UsageError("loss_weight says what a loss is a mean over; got it beside a step, which returns its count itself; drop it.")
+    if needs_closure(optimizer):
+        raise UsageError(
+            f"a step is taken with the gradients of its batch; got {type(optimizer).__name__}, which computes its own, in a closure; "
+            "give another optimizer."
+        )
     if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
         raise UsageError("a scheduler is stepped by samples; got ReduceLROnPlateau, which waits for a metric; step it yourself.")
     if average is not None and not callable(getattr(average, "update_parameters", None)):

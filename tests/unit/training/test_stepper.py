@@ -362,6 +362,12 @@ def test_a_scheduler_that_waits_for_a_metric_is_refused():
         rb.Stepper(model, optimizer, cross_entropy, plan_of(4), scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer))
 
 
+def test_an_optimizer_that_computes_its_own_gradients_is_refused():
+    model = net()
+    with pytest.raises(UsageError, match="got LBFGS, which computes its own"):
+        rb.Stepper(model, torch.optim.LBFGS(model.parameters()), cross_entropy, plan_of(4))
+
+
 def test_an_empty_batch_is_refused():
     model = net()
     stepper = rb.Stepper(model, torch.optim.SGD(model.parameters(), lr=0.1), cross_entropy, plan_of(4))
