@@ -90,6 +90,18 @@ def net(batch_norm=False):
     return nn.Sequential(nn.Linear(6, 8), Trap(), middle, nn.Linear(8, 8), Trap(), nn.Tanh(), nn.Linear(8, 3), Trap()).double()
 
 
+class Latest(nn.Module):
+    """Follows the weights of a model by their names."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+    def update_parameters(self, model):
+        for name, parameter in model.named_parameters():
+            self.weights[name].copy_(parameter.detach())
+
+
 def counted(model, batch):
     return cross_entropy(model(batch[0]), batch[1], weight=None), int((batch[1] != -100).sum())
 
@@ -118,8 +130,9 @@ def train(case):
     model, oracle = net(case.get("batch_norm", False)), net(case.get("batch_norm", False))
     wrapped = DistributedDataParallel(model, bucket_cap_mb=1e-5, **case.get("options", {}))  # a bucket for each parameter
     optimizers = [OPTIMIZERS[case["optimizer"]](m.parameters()) for m in (model, oracle)]
+    average = Latest(model)
     stepper = rb.Stepper(wrapped, optimizers[0], plan=PLAN, clip_norm=case.get("clip_norm"), noise_every=case.get("noise_every"),
-                         **LOSSES[case["loss"]])
+                         average=average, **LOSSES[case["loss"]])
     generator = torch.Generator().manual_seed(1)
     sizes, losses = [], []
     for step, (all_samples, first) in enumerate(case["batches"]):
@@ -151,6 +164,7 @@ def train(case):
     torch.distributed.all_gather(others, state)
     return {
         "off": float((flat[0] - flat[1]).norm() / flat[1].norm()),
+        "average_off": float((torch.cat([weight.flatten() for weight in average.weights.values()]) - flat[0]).norm()),
         "sizes": sizes,
         "ranks_off": float((others[0] - others[1]).norm()),
         "passes": int(model[2].num_batches_tracked) if case.get("batch_norm") else None,
@@ -243,6 +257,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, dict],
 def test_unequal_shares_give_the_weights_of_one_process(measured: tuple[dict, dict], case: str) -> None:
     for rank in measured:
         assert rank[case]["off"] < 1e-10
+        assert rank[case]["average_off"] == 0
         assert rank[case]["samples_seen"] == sum(size for size, _ in EXACT[case]["batches"])
 
 

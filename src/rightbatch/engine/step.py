@@ -285,7 +285,8 @@ def apply_update(trainee: Trainee, *, clip_factor: float = 1.0) -> Tensor | None
         scaler.step(optimizer)
         scaler.update()
     if trainee.average is not None:
-        trainee.average.update_parameters(trainee.model)  # type: ignore[operator]  # checked when it was built
+        own_model = trainee.model if trainee.parallel is None else trainee.parallel.inner  # in the wrapper parameters have other names
+        trainee.average.update_parameters(own_model)  # type: ignore[operator]  # checked when it was built
     return norm
 
 

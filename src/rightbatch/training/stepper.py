@@ -130,8 +130,8 @@ class Stepper:
         couples_samples: Whether the loss is more than a mean over samples.
         clip_norm: Largest norm of the gradient; None does not clip.
         scaler: The GradScaler; under ``fp16`` one is made if none is given.
-        average: A moving average of the weights, such as ``torch.optim.swa_utils.AveragedModel``, updated after every step; one that
-            forgets as fast at every batch size is ``rightbatch.training.sample_average.SampleAverage``.
+        average: A moving average of the weights of the model, not wrapped for ranks, such as ``torch.optim.swa_utils.AveragedModel``,
+            updated after every step; one that forgets as fast at every batch size is ``rightbatch.training.sample_average.SampleAverage``.
         noise_every: Measure the gradient noise on every so many steps; None never.
         dataset_size: Training samples that are drawn without replacement, for the noise; None where they never come again.
 
