@@ -254,7 +254,8 @@ class Stepper:
                 "where nothing is clipped, the norm of a step's gradient must be read before the next step, which drops it; "
                 "read outcome.grad_norm at once."
             )
-        return nn.utils.get_total_norm([p.grad for p in self._trainee.parameters if p.grad is not None])
+        gradients = [p.grad for p in self._trainee.parameters if p.grad is not None]
+        return nn.utils.get_total_norm([gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients])
 
     def _window(self, batch: Batch, own_samples: int, *, is_measured: bool) -> Window:
         """Divide the batch, and settle with the other ranks what its losses are divided by."""

@@ -109,6 +109,17 @@ def test_norm_of_a_gradient_that_is_gone_is_refused_rather_than_another_one_give
         first.grad_norm  # noqa: B018
 
 
+def test_the_norm_of_sparse_gradients_is_that_of_dense_ones():
+    norms = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.EmbeddingBag(10, 4, sparse=sparse), nn.Linear(4, 3)).double()
+        stepper = rb.Stepper(model, torch.optim.SGD(model.parameters(), lr=0.1), cross_entropy, plan_of(2))
+        outcome = stepper((torch.tensor([[1, 1, 2], [2, 3, 9], [1, 9, 9]]), torch.tensor([0, 1, 2])))
+        norms.append(float(outcome.grad_norm))
+    assert norms[0] == pytest.approx(norms[1], rel=TOLERANCE)
+
+
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @settings(max_examples=12, deadline=None, derandomize=True)
