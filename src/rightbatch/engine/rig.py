@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
+from torch.nn.parameter import is_lazy
 from torch.utils.data import default_collate
 
 from rightbatch.engine.losses import loss_sum
@@ -65,17 +66,15 @@ class Rig:
         if workload.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
         model.train()
+        if any(map(is_lazy, model.parameters())):
+            raise WorkloadError(
+                "parameters must have their shapes before training; the model has lazy layers, which get them from a first batch; "
+                "run one through it where it is built."
+            )
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not trained:
             raise WorkloadError("training needs a parameter that requires a gradient; the model has none; is it frozen?")
-        optimizer = torch.optim.Adam(trained, lr=STAND_IN_LR) if workload.optimizer is None else workload.optimizer(trained)
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise WorkloadError(f"optimizer must build a torch.optim.Optimizer; it returned {type(optimizer).__name__}.")
-        if needs_closure(optimizer):
-            raise WorkloadError(
-                f"an optimizer must step with the gradients of one batch; {type(optimizer).__name__} computes its own, in a closure; "
-                "build another, such as torch.optim.SGD."
-            )
+        optimizer = self._new_optimizer(trained)
         scaler = GradScaler(self.device.type) if workload.precision == "fp16" else None
         average = None if workload.average is None else workload.average(model)
         if average is not None and not callable(getattr(average, "update_parameters", None)):
@@ -93,6 +92,18 @@ class Rig:
             clip_norm=workload.clip_norm,
             average=average,
         )
+
+    def _new_optimizer(self, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
+        build = self.workload.optimizer
+        optimizer = torch.optim.Adam(trained, lr=STAND_IN_LR) if build is None else build(trained)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise WorkloadError(f"optimizer must build a torch.optim.Optimizer; it returned {type(optimizer).__name__}.")
+        if needs_closure(optimizer):
+            raise WorkloadError(
+                f"an optimizer must step with the gradients of one batch; {type(optimizer).__name__} computes its own, in a closure; "
+                "build another, such as torch.optim.SGD."
+            )
+        return optimizer
 
     def new_model(self) -> nn.Module:
         """Build the model as the workload gives it, on the host."""
