@@ -183,6 +183,11 @@ class Rig:
         defaults = trainee.optimizer.defaults
         betas = defaults.get("betas")
         given = self.workload.optimizer is not None
+        lr = float(trainee.optimizer.param_groups[0]["lr"])
+        if lr <= 0:
+            raise WorkloadError(
+                f"the optimizer's learning rate must be positive to be scaled; got {lr:g}; give the one that training reaches."
+            )
         return WorkloadSummary(
             name=self.workload.name or type(trainee.model).__name__,
             train_size=self.train_size,
@@ -197,7 +202,7 @@ class Rig:
             momentum=defaults.get("momentum"),
             betas=None if betas is None else (float(betas[0]), float(betas[1])),
             weight_decay=defaults.get("weight_decay"),
-            lr=float(trainee.optimizer.param_groups[0]["lr"]) if given else None,
+            lr=lr if given else None,
             further_lrs=_further_rates(trainee.optimizer) if given else (),
             loss_parameter_count=_trainable(self.workload.loss),
             lr_batch_size=self.workload.lr_batch_size,

@@ -25,6 +25,8 @@ from rightbatch.tuner.request import Request
 T = TypeVar("T")
 Purpose = Literal["touch", "approach", "proof"]
 
+_FEWEST_SAMPLES = 2
+"""However short the time: batch normalisation cannot train on one."""
 _FIRST_SAMPLES = 8
 _TRACE_STEPS = 2
 _ATTEMPT_STEPS = 3.0
@@ -95,7 +97,7 @@ class MemorySearch:
         for place in range(self._agreed(len(touches), "touches")):
             size = _affordable_touch(points, touches[place], pace_s, end_s - self.clock_s())
             size = self._agreed(memory_search.safe_touch(trace, limit.limit_bytes, points, size), "touch")
-            if size:
+            if size > max((point.micro_batch_size for point in points), default=0):
                 points.append(self._attempt(size, "touch", trace, limit))
         return points
 
@@ -185,7 +187,7 @@ def _affordable_touch(points: list[MemoryPoint], wanted: int, pace_s: float, lef
     Before anything ran only the recording tells a pace, and far too slow a one: what it affords is safe, and so is a handful of samples.
     """
     if points:
-        return max(1, min(wanted, _affordable(points, left_s)))
+        return min(wanted, max(_FEWEST_SAMPLES, _affordable(points, left_s)))
     return min(wanted, max(_FIRST_SAMPLES, int(left_s / (_ATTEMPT_STEPS * pace_s)))) if pace_s > 0 else wanted
 
 
@@ -196,7 +198,7 @@ def _affordable(points: list[MemoryPoint], left_s: float) -> int:
     """
     ran = sorted((point.micro_batch_size, point.step_time_s) for point in points if point.step_time_s)
     if not ran:
-        return 1 if left_s <= 0 else 2**62
+        return _FEWEST_SAMPLES if left_s <= 0 else 2**62
     size, time_s = ran[-1]
     slope_s = time_s / size
     if len(ran) > 1:

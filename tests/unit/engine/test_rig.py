@@ -66,6 +66,7 @@ def test_without_an_optimizer_an_adam_stands_in_and_no_rate_is_the_users():
             "needs a parameter that requires a gradient; the model has none; is it frozen",
         ),
         ({"model": lambda: nn.LazyLinear(3)}, "must have their shapes before training; the model has lazy layers"),
+        ({"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.0)}, "must be positive to be scaled; got 0; give the one"),
         ({"optimizer": list}, r"must build a torch\.optim\.Optimizer; it returned list"),
         ({"optimizer": torch.optim.LBFGS}, "must step with the gradients of one batch; LBFGS computes its own"),
         ({"loss": lambda output, target: 1.0}, r"loss must return a tensor; got float; return the loss itself, without \.item\(\)"),

@@ -1,7 +1,9 @@
 """The search on a device of known capacity: the exact ceiling, few probes, its proof, and buckets that are held beside a step."""
 
+import itertools
 import statistics
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
@@ -21,15 +23,15 @@ from rightbatch.tuner.request import Request, SilentProgress
 CEILINGS = (7, 37, 200, 1000, 3000, 10_000)
 
 
-def search(ceiling, *, certify=False, alternatives=False, bucket_bytes=0, train_size=30_000):
+def search(ceiling, *, certify=False, alternatives=False, bucket_bytes=0, train_size=30_000, clock_s=lambda: 0.0):
     device = FakeDevice(fixed_bytes=4000, bytes_per_sample=600, capacity_bytes=4000 + 600 * ceiling + 599)
     host = InProcessHost(planted_rig(device, planted_workload(device, torch.zeros(train_size, DIMENSION), lr=1e-9)), lambda line: None)
     workload = host.call(Rig.describe).value
     request = Request(certify=certify, alternatives=alternatives, isolation="in-process")
     limit, allocator = host.call(memory.limit, None).value
-    run = MemorySearch(
-        host=host, request=request, workload=workload, clock_s=lambda: 0.0, ranks=SingleRank(), bucket_bytes=bucket_bytes
-    ).run(limit, allocator, 100.0)
+    run = MemorySearch(host=host, request=request, workload=workload, clock_s=clock_s, ranks=SingleRank(), bucket_bytes=bucket_bytes).run(
+        limit, allocator, 100.0
+    )
     return device, run
 
 
@@ -63,6 +65,12 @@ def test_without_use_measured_while_recording_probes_with_proof_are_still_few(mo
     assert [fit_memory(run).ceiling for run in runs] == list(CEILINGS)
     assert statistics.median(len(run.points) for run in runs) <= 5
     assert max(len(run.points) for run in runs) <= 6
+
+
+def test_time_that_is_over_makes_no_attempt_of_one_sample(monkeypatch):
+    monkeypatch.setattr(memory, "trace", lambda rig, **how: memory.no_trace("It was given up."))
+    run = search(37, clock_s=partial(next, itertools.count(0.0, 1000.0)))[1]
+    assert [point.micro_batch_size for point in run.points] == [2]
 
 
 @dataclass
