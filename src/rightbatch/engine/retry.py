@@ -49,16 +49,19 @@ class AttemptState:
         named = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items() if buffer is not None]  # noqa: SLF001
         self._owners = [(module, name) for module, name, _ in sorted(named, key=lambda owner: str(owner[2].dtype))]  # copied together
         self._device = next(model.parameters()).device
+        self._places: list[tuple[nn.Module, str]] = []
         self._buffers: list[Tensor] = []
         self._copies: list[Tensor] = []
         self._generators: list[Callable[[], object]] = []
 
     def take(self) -> None:
         """Remember the present state."""
-        buffers = [buffer for module, name in self._owners if (buffer := module._buffers[name]) is not None]  # noqa: SLF001
+        held = [(owner, buffer) for owner in self._owners if (buffer := owner[0]._buffers.get(owner[1])) is not None]  # noqa: SLF001
+        buffers = [buffer for _, buffer in held]
         with torch.no_grad():
             if len(buffers) != len(self._buffers) or any(map(is_not, buffers, self._buffers)):
-                self._buffers, self._copies = buffers, [torch.empty_like(buffer) for buffer in buffers]
+                self._places, self._buffers = [owner for owner, _ in held], buffers
+                self._copies = [torch.empty_like(buffer) for buffer in buffers]
             if buffers:
                 torch._foreach_copy_(self._copies, buffers)  # what torch's optimizers call
         on_host, of_python = torch.get_rng_state(), random.getstate()  # NumPy's takes longer to read than the rest together
@@ -72,7 +75,7 @@ class AttemptState:
     def restore(self) -> None:
         """Go back to the state that was remembered."""
         with torch.no_grad():
-            for (module, name), buffer in zip(self._owners, self._buffers, strict=True):
+            for (module, name), buffer in zip(self._places, self._buffers, strict=True):
                 module._buffers[name] = buffer  # noqa: SLF001
             if self._buffers:
                 torch._foreach_copy_(self._buffers, self._copies)

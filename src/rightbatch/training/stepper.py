@@ -185,6 +185,11 @@ class Stepper:
         self._placing = _Placing(model, device, in_double=plan.precision == "fp64")
         self._monitor: NoiseMonitor | None = None
         if noise_every is not None:
+            if couples_samples and wrapper is None:
+                raise UsageError(
+                    "the noise of a step shows between its micro-batches, and with a loss that couples samples it has one; got "
+                    f"noise_every={noise_every}; leave it out."
+                )
             self._monitor = NoiseMonitor(model, optimizer, every=noise_every, scaler=scaler, dataset_size=dataset_size)
         self._backward = PatientBackward(self._trainee, plan.micro_batch_size, self._placing, self._forget)
         self._samples_seen = 0

@@ -206,6 +206,17 @@ def test_buffers_that_are_replaced_are_put_back_too():
     assert counter.passes == 4
 
 
+def test_buffers_that_the_model_has_dropped_stay_dropped():
+    model = nn.BatchNorm1d(2)
+    state = AttemptState(model)
+    model.running_mean = None
+    state.take()
+    model.running_var.fill_(7.0)
+    state.restore()
+    assert model.running_mean is None
+    assert model.running_var.tolist() == [1.0, 1.0]
+
+
 def test_a_monitored_step_is_measured_as_it_was_taken_in_the_end():
     streams = []
     for model, micro in ((net(Trap("backward", 1, largest=4)), 8), (net(), 4)):

@@ -357,6 +357,7 @@ def test_losses_that_couple_samples_are_not_cut():
         ({"loss": None}, "either a loss or a step; got neither"),
         ({"loss": cross_entropy, "step": counted}, "either a loss or a step; got both"),
         ({"loss": None, "step": counted, "loss_weight": len}, "beside a step, which returns its count itself"),
+        ({"loss": cross_entropy, "couples_samples": True, "noise_every": 5}, "couples samples it has one; got noise_every=5"),
         ({"loss": cross_entropy, "average": nn.Linear(1, 1)}, r"must have update_parameters\(model\), as AveragedModel has; got Linear"),
     ],
 )
