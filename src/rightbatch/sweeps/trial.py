@@ -14,7 +14,7 @@ from rightbatch.sweeps.crossing import HOLD, Course
 from rightbatch.sweeps.tasks import Described, DescribeTask, TrialTask, WorkerSetting
 from rightbatch.training.assembly import Parts, assemble
 from rightbatch.training.evaluation import check_target
-from rightbatch.training.loop import Stopwatch
+from rightbatch.training.loop import Stopwatch, batches_left
 from rightbatch.training.peers import Alone
 from rightbatch.training.request import TrainingRequest
 from rightbatch.workload.ingredients import Batch
@@ -114,16 +114,9 @@ def _ended(course: Course, task: TrialTask, seen: int) -> tuple[TrialStatus, str
 
 
 def _batches(parts: Parts) -> Iterator[Batch]:
-    """Epoch after epoch, without end; errors of the dataset are the user's."""
+    """Epoch after epoch, without end."""
     while True:
-        batches = iter(parts.loader)
-        while True:
-            with users_errors():
-                try:
-                    batch = next(batches)
-                except StopIteration:
-                    break
-            yield batch
+        yield from batches_left(parts.loader)
 
 
 def _evaluate(parts: Parts, task: TrialTask) -> float | None:

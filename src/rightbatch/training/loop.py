@@ -15,6 +15,7 @@ from rightbatch.records.training_log import EvaluationLine, EventLine, LogEvent,
 from rightbatch.records.training_run import TrainingFolder, TrainingState
 from rightbatch.training.assembly import Parts
 from rightbatch.training.checkpoint import State, save_checkpoint
+from rightbatch.training.loader import BatchLoader
 from rightbatch.training.log import TrainingLog
 from rightbatch.training.peers import Wishes
 from rightbatch.training.progress_words import evaluation_words, step_words
@@ -174,7 +175,7 @@ class TrainingLoop:
     def run(self) -> TrainingState:
         """Train until the end, and return which one it was."""
         while not self._is_over():
-            for batch in self._batches():
+            for batch in batches_left(self._parts.loader):
                 self._take_step(batch)
                 if self._is_over():
                     break
@@ -193,17 +194,6 @@ class TrainingLoop:
         if self._ended is not None:
             return self._ended
         return TrainingState.FINISHED if self._request.target is None else TrainingState.TARGET_MISSED
-
-    def _batches(self) -> Iterator[Batch]:
-        """What is left of the epoch; errors of the dataset are the user's."""
-        batches = iter(self._parts.loader)
-        while True:
-            with users_errors():
-                try:
-                    batch = next(batches)
-                except StopIteration:
-                    return
-            yield batch
 
     def _take_step(self, batch: Batch) -> None:
         parts, before = self._parts, self._parts.stepper.samples_seen
@@ -339,6 +329,18 @@ class TrainingLoop:
     def _write(self, line: LogLine) -> None:
         if self._log is not None:
             self._log.write(line)
+
+
+def batches_left(loader: BatchLoader) -> Iterator[Batch]:
+    """Yield what is left of the epoch; errors of the dataset are the user's."""
+    batches = iter(loader)
+    while True:
+        with users_errors():
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+        yield batch
 
 
 def _finite(value: Tensor | None) -> float | None:
