@@ -14,7 +14,7 @@ from rightbatch.sweeps.crossing import HOLD, Course
 from rightbatch.sweeps.tasks import Described, DescribeTask, TrialTask, WorkerSetting
 from rightbatch.training.assembly import Parts, assemble
 from rightbatch.training.evaluation import check_target
-from rightbatch.training.loop import Stopwatch, batches_left
+from rightbatch.training.loop import Stopwatch, batches_left, weights_are_finite
 from rightbatch.training.peers import Alone
 from rightbatch.training.request import TrainingRequest
 from rightbatch.workload.ingredients import Batch
@@ -84,10 +84,11 @@ def _train(parts: Parts, task: TrialTask) -> TrialResult:
         training_s = watch.elapsed_s
         with watch.standing_still():
             loss = outcome.loss
-            value = _evaluate(parts, task) if math.isfinite(loss) else None
+            is_broken = math.isinf(loss) or (math.isnan(loss) and not weights_are_finite(parts.model))
+            value = None if is_broken else _evaluate(parts, task)
             if value is None:
                 silent += 1
-                if not math.isfinite(loss) or task.target.is_loss:
+                if is_broken or task.target.is_loss:
                     return _result(parts, task, course, steps, training_s, TrialStatus.DIVERGED, "its loss is not finite")
                 _refuse_silence(task, silent, seen, is_last=seen >= task.spec.most_samples)
                 continue

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rightbatch.engine.in_process import users_errors
 from rightbatch.records.estimates import Estimate, NoiseScale
@@ -271,8 +271,7 @@ class TrainingLoop:
 
     def _is_lost(self) -> bool:
         """Whether losses that are no number come from the weights, or go on for long; in a single batch it may be that nothing counts."""
-        is_finite = all(bool(torch.isfinite(parameter).all()) for parameter in self._parts.model.parameters())
-        return not is_finite or self._steps_without_loss >= _MOST_WITHOUT_LOSS
+        return not weights_are_finite(self._parts.model) or self._steps_without_loss >= _MOST_WITHOUT_LOSS
 
     def _evaluate(self) -> None:
         parts = self._parts
@@ -329,6 +328,14 @@ class TrainingLoop:
     def _write(self, line: LogLine) -> None:
         if self._log is not None:
             self._log.write(line)
+
+
+def weights_are_finite(model: nn.Module) -> bool:
+    """Return whether all parameters are finite, so that a loss that is no number may be one of a batch in which nothing counts.
+
+    Waits for the device.
+    """
+    return all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
 
 
 def batches_left(loader: BatchLoader) -> Iterator[Batch]:

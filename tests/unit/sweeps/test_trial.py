@@ -92,6 +92,15 @@ def test_a_trial_whose_loss_is_not_finite_has_diverged():
     assert "not finite" in result.reason
 
 
+def test_a_batch_in_which_nothing_counts_is_no_divergence():
+    x, y = dataset(300, 0).tensors
+    mostly_ignored = TensorDataset(x, y.where(torch.arange(300) % 3 == 0, -100))
+
+    result = run_trial(task_of(size=2, lr=0.02, train=mostly_ignored))
+
+    assert result.status is TrialStatus.COMPLETE
+
+
 def test_a_target_may_be_the_validation_loss():
     result = run_trial(task_of(TrainingTarget.parse("loss<=0.4"), metric=None))
 
