@@ -4,7 +4,7 @@ import ast
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
@@ -89,11 +89,11 @@ class Truth:
         self._say(f"{self._name}: batch {size}, lr {lr:g}, seed {seed}: {words} after {made.samples_seen} samples")
         return made
 
-    def seeds(self, size: int, lr: float, count: int, most_samples: float, most_in_all: float = math.inf) -> tuple[Training, ...]:
-        """Return the trainings of so many seeds, up to the first that fails or with which all take more than ``most_in_all`` samples."""
+    def seeds(self, size: int, lr: float, seeds: Iterable[int], most_samples: float, most_in_all: float = math.inf) -> tuple[Training, ...]:
+        """Return the trainings of these seeds, up to the first that fails or with which all take more than ``most_in_all`` samples."""
         found: list[Training] = []
         left = most_in_all
-        for seed in range(count):
+        for seed in seeds:
             found.append(self.training(size, lr, seed, min(most_samples, left)))
             reached = found[-1].samples_to_target
             if reached is None or reached >= left:
@@ -164,7 +164,7 @@ def _tune(truth: Truth, size: int, base_lr: float, start: int, most: float, seed
         if best is not None and exponent not in contenders:
             break
         lr = base_lr * 2.0**exponent
-        found = truth.seeds(size, lr, seeds, SLACK_OF_SEEDS * fewest, incumbent * seeds)
+        found = truth.seeds(size, lr, range(seeds), SLACK_OF_SEEDS * fewest, incumbent * seeds)
         samples = tuple(training.samples_to_target for training in found if training.samples_to_target is not None)
         if len(samples) == seeds and mean(samples) < incumbent:
             best, incumbent = (exponent, Tuned(size=size, lr=rounded(lr), samples=samples)), mean(samples)

@@ -21,16 +21,26 @@ def spread(draws, row, size):
     return math.sqrt(draws.run_log_sd[row] ** 2 + (draws.heat * hot) ** 2)
 
 
+def log_rate_cost(draws, row, lr_over_rule):
+    x = lr_over_rule / math.exp(draws.log_best_rate[row])
+    return -math.log(max(2 * x - x * x, 0.1))
+
+
+def expected_of(draws, row, probe):
+    expected = log_samples(draws, row, probe.global_batch_size)
+    return expected if draws.log_best_rate is None else expected + log_rate_cost(draws, row, probe.lr_over_rule)
+
+
 def likelihood(draws, row, probes):
     """Density of the reached probes with a flat prior on the level."""
 
     def density(level):
         product = 1.0
         for probe in probes:
-            expected = level + log_samples(draws, row, probe.global_batch_size)
             assert probe.outcome is ProbeOutcome.REACHED
+            expected = level + expected_of(draws, row, probe)
             product *= norm.pdf(math.log(probe.samples), expected, spread(draws, row, probe.global_batch_size))
         return product
 
-    centre = math.log(probes[0].samples) - log_samples(draws, row, probes[0].global_batch_size)
+    centre = math.log(probes[0].samples) - expected_of(draws, row, probes[0])
     return quad(density, centre - 6, centre + 6, points=[centre], limit=400)[0]

@@ -11,6 +11,11 @@ from rightbatch.records.training import BranchMeasurements, BranchProbe, ProbeOu
 
 TARGET_SHARE = 0.85
 """The target is the loss that the first branch came to after this share of its samples: the rest of it shows that the loss stays there."""
+COMPARED_FROM = 0.4
+"""Branches are compared at the losses that the first one came to from this share of its samples on: one crossing alone is mostly luck."""
+_COMPARED = 10
+CHANCE_LOG_ERROR = 0.12
+"""Of the samples of a branch, beside the scatter of its curve: weights that see the same samples in the same order come apart by chance."""
 STALLED = 0.25
 """A branch that falls this many times slower than the first did at the same loss has stalled."""
 _FEWEST_POINTS = 4
@@ -49,6 +54,20 @@ def samples_to_loss(curve: Curve, target_loss: float) -> float | None:
         if high > target_loss >= low:
             return before + (after - before) * (high - target_loss) / (high - low)
     return levels[0][0]
+
+
+def log_ratio(curve: Curve, first: Curve) -> float | None:
+    """Return the logarithm of a branch's samples over the first branch's: the mean over losses from 40 to 85 % of the first's way.
+
+    Returns:
+        None when the branch did not come to half of those losses.
+    """
+    levels = monotone(first)
+    shares = np.linspace(COMPARED_FROM, TARGET_SHARE, _COMPARED) * first[-1][0]
+    losses = np.interp(shares, [at for at, _ in levels], [loss for _, loss in levels])
+    needed = [(samples_to_loss(curve, float(loss)), samples_to_loss(first, float(loss))) for loss in losses]
+    ratios = [math.log(own / reference) for own, reference in needed if own is not None and reference is not None]
+    return float(np.mean(ratios)) if len(ratios) >= _COMPARED / 2 else None
 
 
 def target_loss(first: Curve) -> float | None:

@@ -24,6 +24,9 @@ AT_LEAST_LOG_SD = math.log(10)
 CHECKPOINT_LOG_SD = math.log(1.5)
 """Spread of the noise scale between the pilot's end and the checkpoint from which branches part: about as far, but not the same weights."""
 
+BEST_RATE_LOG_SD = math.log(1.5)
+"""Spread of the best learning rate over the rule's: rates are tuned on a grid of a factor of two or three, at another size."""
+
 
 @dataclass(frozen=True)
 class CriticalBelief:
@@ -125,7 +128,9 @@ def branch_curves(belief: CriticalBelief, *, middle: float, rng: np.random.Gener
         middle: Size of the first branch, in samples.
         rng: Source of the draws.
     """
-    at_checkpoint = draw_curves(PRIORS["coupled"], middle=middle, rng=rng, n_draws=len(belief.over_run), critical=belief.at_checkpoint)
+    n_draws = len(belief.over_run)
+    at_checkpoint = draw_curves(PRIORS["coupled"], middle=middle, rng=rng, n_draws=n_draws, critical=belief.at_checkpoint)
+    at_checkpoint = replace(at_checkpoint, log_best_rate=BEST_RATE_LOG_SD * normal_draws(rng, n_draws))
     shift = np.log(belief.over_run) - at_checkpoint.log_critical
     return at_checkpoint, replace(
         at_checkpoint, log_critical=at_checkpoint.log_critical + shift, log_failing=at_checkpoint.log_failing + shift

@@ -23,6 +23,8 @@ _FEATURES = 24
 _UNLUCKY = 0.05
 """Probability that a run fails at a size that can reach the target."""
 _LARGEST_SPREAD = 1.0
+_LEAST_PROGRESS = 0.1
+"""Of a rate that is far too hot, over the best rate's."""
 _NO_LOW = -100.0
 """Logarithm of a b_lo that changes nothing."""
 
@@ -85,6 +87,8 @@ class CurveDraws:
     log_failing: FloatArray
     level_normal: FloatArray
     """Standard normal, one a draw, from which the level E_min is drawn once probes tell it."""
+    log_best_rate: FloatArray | None = None
+    """Log of the best learning rate over the rule's, one a draw and the same at every size; none: the rule's rate is the best."""
 
     def log_samples(self, sizes: FloatArray) -> FloatArray:
         """Log E(b) - log E_min of each draw, shape (draws, sizes)."""
@@ -109,6 +113,19 @@ class CurveDraws:
         """Whether no run reaches the target, shape (draws, sizes)."""
         return np.asarray(np.log(np.asarray(sizes, dtype=np.float64))[None, :] > self.log_failing[:, None])
 
+    def log_rate_cost(self, lr_over_rule: FloatArray) -> FloatArray:
+        """Log of the samples that learning rates cost over the best rate, shape (draws, rates).
+
+        On a quadratic loss a step of x times the best rate makes 2 x - x**2 of the best progress, and none from x = 2 on.
+
+        Source:
+            McCandlish et al. 2018, arXiv:1812.06162, equation 2.5.
+        """
+        if self.log_best_rate is None:
+            return np.zeros((len(self.log_critical), len(lr_over_rule)))
+        over_best = np.asarray(lr_over_rule)[None, :] / np.exp(self.log_best_rate)[:, None]
+        return np.asarray(-np.log(np.maximum(over_best * (2 - over_best), _LEAST_PROGRESS)))
+
     def rows(self, rows: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> "CurveDraws":
         """Some of the draws, in this order."""
         return replace(
@@ -121,6 +138,7 @@ class CurveDraws:
             run_log_sd=self.run_log_sd[rows],
             log_failing=self.log_failing[rows],
             level_normal=self.level_normal[rows],
+            log_best_rate=None if self.log_best_rate is None else self.log_best_rate[rows],
         )
 
     def _too_hot(self, log_sizes: FloatArray) -> FloatArray:
@@ -196,7 +214,8 @@ def weigh(draws: CurveDraws, probes: Sequence[TrainingProbe]) -> CurvePosterior:
         sizes = np.array([probe.global_batch_size for probe in reached], dtype=np.float64)
         errors = np.array([probe.log_error for probe in reached])
         precision = 1 / (draws.spread(sizes) ** 2 + errors**2)
-        residual = np.log([probe.samples for probe in reached])[None, :] - draws.log_samples(sizes)
+        rates = np.array([probe.lr_over_rule for probe in reached])
+        residual = np.log([probe.samples for probe in reached])[None, :] - draws.log_samples(sizes) - draws.log_rate_cost(rates)
         total = precision.sum(axis=1)
         mean = (precision * residual).sum(axis=1) / total
         log_weight -= 0.5 * (precision * (residual - mean[:, None]) ** 2).sum(axis=1)
@@ -209,19 +228,30 @@ def weigh(draws: CurveDraws, probes: Sequence[TrainingProbe]) -> CurvePosterior:
     return CurvePosterior(weights / weights.sum(), level)
 
 
-def log_probability_above(draws: CurveDraws, size: float, log_samples: float, level: FloatArray, *, log_error: float = 0.0) -> FloatArray:
+def log_probability_above(
+    draws: CurveDraws, size: float, log_samples: float, level: FloatArray, *, log_error: float = 0.0, lr_over_rule: float = 1.0
+) -> FloatArray:
     """Log probability that a run at ``size`` needs more samples than that, one number a draw."""
     from scipy.special import log_ndtr
 
     at = np.array([size], dtype=np.float64)
-    standard = (level + draws.log_samples(at)[:, 0] - log_samples) / np.hypot(draws.spread(at)[:, 0], log_error)
+    expected = level + draws.log_samples(at)[:, 0] + draws.log_rate_cost(np.array([lr_over_rule]))[:, 0]
+    standard = (expected - log_samples) / np.hypot(draws.spread(at)[:, 0], log_error)
     return np.where(draws.fails(at)[:, 0], 0.0, log_ndtr(standard))
 
 
 def _log_likelihood_without_target(draws: CurveDraws, probe: TrainingProbe, level: FloatArray, *, level_is_known: bool) -> FloatArray:
     if probe.outcome is ProbeOutcome.STOPPED and level_is_known:
-        return log_probability_above(draws, probe.global_batch_size, math.log(probe.samples), level, log_error=probe.log_error)
+        return log_probability_above(
+            draws,
+            probe.global_batch_size,
+            math.log(probe.samples),
+            level,
+            log_error=probe.log_error,
+            lr_over_rule=probe.lr_over_rule,
+        )
     if probe.outcome is ProbeOutcome.FAILED:
         fails = draws.fails(np.array([probe.global_batch_size], dtype=np.float64))[:, 0]
+        fails = fails | (draws.log_rate_cost(np.array([probe.lr_over_rule]))[:, 0] >= -math.log(_LEAST_PROGRESS))
         return np.where(fails, 0.0, math.log(_UNLUCKY))
     return np.zeros_like(level)

@@ -19,12 +19,14 @@ from rightbatch.engine.step import Trainee, train_step
 from rightbatch.probes.gradient_noise import snapshot
 from rightbatch.records.gradient_norms import GradientNorms
 from rightbatch.records.training import BranchMeasurements, BranchPlan, BranchProbe, ProbeOutcome, TrainingProbe
+from rightbatch.units import format_number
 
-EVALUATIONS = 12
+EVALUATIONS = 8
 """Losses along the first branch; the others are evaluated after the same numbers of samples."""
 NO_TARGET = "The loss fell no further along the first branch than it scatters, so no other size was trained: give a larger --budget."
 CUT_SHORT = "The time ended while another size was trained, which is left out: a larger --budget checks more sizes."
-_MOST_EVALUATED = 512
+_EVALUATED_SHARE, _FEWEST_EVALUATED, _MOST_EVALUATED = 1 / 16, 512, 2048
+"""Held-out samples over those of the checkpoint, and bounds: two branches differ by less than few samples can tell."""
 _AVERAGED = 8
 """Weights along an interval whose mean is evaluated: the last alone says more of how far the rate scatters it than of where it is going."""
 _STAGE_SHARE = 0.25
@@ -78,7 +80,8 @@ def measure(
     affordable = int(seen * _STAGE_SHARE * budget_s / max(clock.now_s() - start_s, 1e-9))
     state = _State.of(trainee)
     norms, _ = snapshot(rig, trainee, noise_micro_batch_size, seen, is_decided, _NOISE_SHARE * budget_s)
-    held_out = _HeldOut(rig, checkpoint.micro_batch_size)
+    evaluated = max(_FEWEST_EVALUATED, min(_MOST_EVALUATED, int(_EVALUATED_SHARE * seen)))
+    held_out = _HeldOut(rig, evaluated, checkpoint.micro_batch_size)
     measured = BranchMeasurements(
         checkpoint_samples=seen,
         checkpoint_batch_size=checkpoint.global_batch_size,
@@ -92,7 +95,8 @@ def measure(
         if not measured.probes:  # the others are bounded by what this one takes
             branch = branch.model_copy(update={"most_samples": max(branch.global_batch_size, min(branch.most_samples, affordable))})
         interval = interval or -(-branch.most_samples // EVALUATIONS)
-        rig.say(f"branch {len(measured.probes) + 1}: batch {branch.global_batch_size}, up to {branch.most_samples} samples")
+        rate = "" if branch.lr_over_rule == 1 else f", {format_number(branch.lr_over_rule)} times the rule's rate"
+        rig.say(f"branch {len(measured.probes) + 1}: batch {branch.global_batch_size}{rate}, up to {branch.most_samples} samples")
         state.restore(trainee, lr_factor=branch.lr_factor / checkpoint.lr_factor)
         is_over = partial(_is_over, design, measured.target_loss)
         is_late = _never if not measured.probes else lambda: clock.now_s() > end_s
@@ -155,7 +159,13 @@ def _train_branch(
 def _probe(branch: BranchPlan, lr: float, losses: list[tuple[int, float]]) -> BranchProbe:
     finite = tuple(pair for pair in losses if math.isfinite(pair[1]))
     outcome = ProbeOutcome.STOPPED if len(finite) == len(losses) else ProbeOutcome.FAILED
-    result = TrainingProbe(global_batch_size=branch.global_batch_size, lr=lr or None, outcome=outcome, samples=losses[-1][0])
+    result = TrainingProbe(
+        global_batch_size=branch.global_batch_size,
+        lr=lr or None,
+        lr_over_rule=branch.lr_over_rule,
+        outcome=outcome,
+        samples=losses[-1][0],
+    )
     return BranchProbe(micro_batch_size=branch.micro_batch_size, accumulation_steps=branch.accumulation_steps, result=result, losses=finite)
 
 
@@ -245,10 +255,10 @@ class _MeanWeights:
 class _HeldOut:
     """The same samples for every evaluation: of the validation set, or of the training set where there is none."""
 
-    def __init__(self, rig: Rig, micro_batch_size: int) -> None:
+    def __init__(self, rig: Rig, most: int, micro_batch_size: int) -> None:
         given = rig.workload.valid
         dataset = rig.workload.train if given is None or len(given) == 0 else given
-        self.count = min(_MOST_EVALUATED, len(dataset))
+        self.count = min(most, len(dataset))
         indices = list(islice(shuffled_epochs(len(dataset), rig.seed + _HELD_OUT_SEED), self.count))
         self._batches = [
             [dataset[index] for index in indices[start : start + micro_batch_size]] for start in range(0, self.count, micro_batch_size)

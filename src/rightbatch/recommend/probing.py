@@ -4,6 +4,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
 import numpy as np
 
@@ -21,6 +22,10 @@ _OUTCOMES = 32
 _SEED = 1
 
 
+Setting: TypeAlias = tuple[int, float]
+"""A global batch size, and its learning rate over the rule's."""
+
+
 @dataclass(frozen=True)
 class Candidates:
     """The sizes that can be trained, and what is believed of them.
@@ -36,17 +41,28 @@ class Candidates:
     log_time: FloatArray
     curves: CurveDraws
     run: CurveDraws | None = None
+    lr_over_rule: FloatArray | None = None
+    """Learning rate of each candidate over the rule's for its size, shape (sizes,); none: 1."""
+
+    @cached_property
+    def settings(self) -> tuple["Setting", ...]:
+        """Size and rate of each candidate."""
+        return tuple(zip(self.sizes.astype(int).tolist(), self._rates.tolist(), strict=True))
+
+    @property
+    def _rates(self) -> FloatArray:
+        return np.ones(len(self.sizes)) if self.lr_over_rule is None else self.lr_over_rule
 
     @cached_property
     def log_samples(self) -> FloatArray:
-        """Log E(b) / E_min of each draw at each size."""
-        return self.curves.log_samples(self.sizes)
+        """Log E / E_min of each draw at each candidate."""
+        return self.curves.log_samples(self.sizes) + self.curves.log_rate_cost(self._rates)
 
     @cached_property
     def costs(self) -> FloatArray:
         """Mean time to the target over that of each draw's best size, shape (draws, sizes), at most ``LARGEST_COST``."""
         curves = self.run or self.curves
-        log_cost = curves.log_samples(self.sizes) + curves.log_straggling(self.sizes) + self.log_time
+        log_cost = curves.log_samples(self.sizes) + curves.log_rate_cost(self._rates) + curves.log_straggling(self.sizes) + self.log_time
         log_cost = np.where(curves.fails(self.sizes), math.inf, log_cost)
         best = log_cost.min(axis=1, keepdims=True)
         relative = np.where(np.isfinite(best), log_cost - np.where(np.isfinite(best), best, 0.0), math.log(LARGEST_COST))
@@ -107,7 +123,7 @@ def next_probe(
     *,
     best_log_time: float,
     least_gain: float = LEAST_GAIN,
-    without: Collection[int] = (),
+    without: Collection[Setting] = (),
 ) -> Proposal | None:
     """Return the probe that removes most expected regret for its time; none when no probe is worth its time.
 
@@ -119,17 +135,22 @@ def next_probe(
         probes: What was trained; at least one reached the target.
         best_log_time: Log seconds to the target of the best probe.
         least_gain: Least regret removed for each run of the best size.
-        without: Sizes that are not to be trained.
+        without: Candidates that are not to be trained.
 
     Source:
         Knowledge gradient with costs: Frazier, Powell and Dayanik, SIAM J. Control Optim. 47, 2008; Swersky et al. 2013.
     """
     posterior = weigh(candidates.curves, probes)
     simulation = _Simulation(candidates, posterior, probes, best_log_time)
-    left_out = {*without, *(probe.global_batch_size for probe in probes if probe.outcome is not ProbeOutcome.REACHED)}
-    proposals = [simulation.of(i) for i, size in enumerate(candidates.sizes) if int(size) not in left_out]
+    left_out = {*without, *(setting_of(probe) for probe in probes if probe.outcome is not ProbeOutcome.REACHED)}
+    proposals = [simulation.of(i) for i, setting in enumerate(candidates.settings) if setting not in left_out]
     best = max(proposals, key=_gain, default=None)
     return best if best is not None and _gain(best) >= least_gain else None
+
+
+def setting_of(probe: TrainingProbe) -> Setting:
+    """The candidate that a probe trained."""
+    return probe.global_batch_size, probe.lr_over_rule
 
 
 def _gain(proposal: Proposal) -> float:
@@ -185,17 +206,18 @@ class _Simulation:
         total = float(weight.sum())
         if total <= 0:
             return self._now
-        size = int(self._candidates.sizes[index])
+        size, rate = self._candidates.settings[index]
         outcome = ProbeOutcome.REACHED if reached else ProbeOutcome.STOPPED
-        allowed = _allowed(self._candidates, (*self._probes, TrainingProbe(global_batch_size=size, outcome=outcome, samples=1)))
+        probe = TrainingProbe(global_batch_size=size, lr_over_rule=rate, outcome=outcome, samples=1)
+        allowed = _allowed(self._candidates, (*self._probes, probe))
         return float((weight @ self._costs / total)[allowed].min())
 
 
 def _allowed(candidates: Candidates, probes: Sequence[TrainingProbe]) -> list[int]:
     """Sizes that may be chosen; where probes see only a part of the run, what they show of a slow size does not rule it out."""
     if candidates.run is not None:
-        failed = {probe.global_batch_size for probe in probes if probe.outcome is ProbeOutcome.FAILED}
-        return [i for i, size in enumerate(candidates.sizes) if int(size) not in failed]
+        failed = {setting_of(probe) for probe in probes if probe.outcome is ProbeOutcome.FAILED}
+        return [i for i, setting in enumerate(candidates.settings) if setting not in failed]
     reached = {probe.global_batch_size for probe in probes if probe.outcome is ProbeOutcome.REACHED}
     in_vain = {probe.global_batch_size for probe in probes} - reached
     if not reached:

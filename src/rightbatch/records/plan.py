@@ -77,7 +77,9 @@ class LrCoupling(Record):
 
     rule: Literal["saturating linear", "square root", "saturating power", "none"]
     factor: PositiveFloat
-    """Recommended rate over the rate at ``base_batch_size``."""
+    """The rule's rate over the rate at ``base_batch_size``."""
+    over_rule: Estimate | None = None
+    """Recommended rate over the rule's, where several rates were trained from a checkpoint; none: 1."""
     base_lr: PositiveFloat | None
     base_batch_size: PositiveInt | None
     base_is_tested: bool = False

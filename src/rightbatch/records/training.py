@@ -24,6 +24,8 @@ class TrainingProbe(Record):
 
     global_batch_size: PositiveInt
     lr: PositiveFloat | None = None
+    lr_over_rule: PositiveFloat = 1.0
+    """Its learning rate over the one that couples to its size by the rule."""
     seed: int = 0
     outcome: ProbeOutcome
     samples: PositiveFloat
@@ -50,6 +52,8 @@ class BranchPlan(Record):
     accumulation_steps: PositiveInt
     lr_factor: PositiveFloat
     """Learning rate over the workload's own."""
+    lr_over_rule: PositiveFloat = 1.0
+    """The part of that factor which is not the rule's for this size."""
     most_samples: PositiveInt
     """Where to stop without the target."""
 

@@ -7,7 +7,7 @@ from rightbatch.report.document import Section, Table
 from rightbatch.report.phrases import number, plain
 
 _OUTCOMES = {
-    ProbeOutcome.REACHED: "reached it",
+    ProbeOutcome.REACHED: "compared",
     ProbeOutcome.STOPPED: "stopped: slower",
     ProbeOutcome.FAILED: "failed",
 }
@@ -19,7 +19,7 @@ def branches(findings: Findings) -> Section | None:
     if curve is None:
         return None
     table = Table(
-        caption="What each size needed, over the first",
+        caption="What each branch needed, over the first",
         header=("batch", "lr", "samples", "time", "outcome"),
         rows=tuple(_row(point) for point in curve.points),
     )
@@ -58,9 +58,10 @@ def _sentences(curve: BranchCurve) -> tuple[str, ...]:
     if curve.target_loss is None:
         return ()
     return (
-        f"From a checkpoint after {number(curve.checkpoint_samples)} samples, each size was trained on the same samples in the same order, "
-        f"at its own learning rate, until the loss on {curve.evaluated_samples} held-out samples was {number(curve.target_loss)}.",
-        "A branch ends when it has taken as long as the best one.",
+        f"From a checkpoint after {number(curve.checkpoint_samples)} samples, each branch trained on the same samples in the same order, "
+        f"until the loss on {curve.evaluated_samples} held-out samples was {number(curve.target_loss)}: at the learning rate that the rule "
+        "gives its size, or half to twice that.",
+        "Samples and time are means over the losses on the later half of the way. A branch ends when it has taken as long as the best one.",
     )
 
 

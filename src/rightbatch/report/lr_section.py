@@ -36,7 +36,13 @@ def _coupling(plan: BatchPlan, findings: Findings) -> list[str]:
         factor = "the" if lr.factor == 1 else f"{number(lr.factor)} times the"
         tested = "that the range test found" if lr.base_is_tested else "tuned"
         how = tested if findings.swept is None else "that the sweep tuned"
-        sentences.append(f"{number(plan.lr)} is {factor} rate {how} at {lr.base_batch_size} ({number(lr.base_lr)}){rule}.")
+        ruled = number(plan.lr if lr.over_rule is None else lr.base_lr * lr.factor)
+        sentences.append(f"{ruled} is {factor} rate {how} at {lr.base_batch_size} ({number(lr.base_lr)}){rule}.")
+        if lr.over_rule is not None:
+            sentences.append(
+                f"Trained from one checkpoint, the best rate is {number(lr.over_rule.value or 1.0)} [{number(lr.over_rule.low or 0.0)}, "
+                f"{number(lr.over_rule.high or 0.0)}] times that, so {number(plan.lr)} is given."
+            )
     return [*sentences, *([plain(lr.validity)] if lr.validity else []), *_further_groups(plan, findings)]
 
 

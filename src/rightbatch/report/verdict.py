@@ -90,7 +90,7 @@ def _plan_words(plan: BatchPlan, findings: Findings) -> str:
 
 
 def _lr_origin(plan: BatchPlan, findings: Findings) -> str:
-    """Say which rate it was scaled from, and whether that one comes from a sweep, or from a range test, and with whose optimizer."""
+    """Say which rate it was scaled from, whether that one comes from a sweep or a range test, and whether several were trained."""
     lr, workload = findings.recommendation.lr, findings.workload
     if lr.base_lr is None:
         return ""
@@ -99,6 +99,8 @@ def _lr_origin(plan: BatchPlan, findings: Findings) -> str:
         parts.append("swept")
     elif lr.base_is_tested:
         parts.append("tested" if workload.optimizer_given else f"tested with {plain(workload.optimizer)}")
+    if lr.over_rule is not None:
+        parts.append("trained")
     return ", ".join(parts)
 
 

@@ -12,7 +12,7 @@ from rightbatch.fits.critical_batch import branch_curves, critical_belief
 from rightbatch.fits.lr_range import with_tested_rate
 from rightbatch.fits.lr_scaling import couple_lr, saturation_size
 from rightbatch.fits.tradeoff import N_DRAWS
-from rightbatch.recommend.probing import Candidates, choose_probed, next_probe
+from rightbatch.recommend.probing import Candidates, choose_probed, next_probe, setting_of
 from rightbatch.records.plan import Findings
 from rightbatch.records.training import BranchMeasurements, BranchPlan, BranchProbe, ProbeOutcome, TrainingProbe
 
@@ -23,6 +23,8 @@ CHECKPOINT_EPOCHS, BRANCH_EPOCHS = 2, 4
 FEWEST_STEPS = 12
 """A size of which fewer steps fit into the time of the first branch is not trained."""
 MOST_BRANCHES = 8
+RATES = (1.0, 0.5, 2**-0.5, 2**0.5, 2.0)
+"""Learning rates of a size, over the rule's: the first branch takes the rule's own."""
 LEAST_GAIN = 0.003
 """A branch is much shorter than the run that is decided, so it may take its time for less regret than a whole training may."""
 _STAND_IN_LR_BATCH = 64
@@ -60,10 +62,10 @@ class Verification:
             return None
         pace_s = dict(zip(self.candidates.sizes.astype(int).tolist(), np.exp(self.candidates.log_time[0]).tolist(), strict=True))
         best_s = min(result.samples * pace_s[result.global_batch_size] for result in reached)
-        trained = {result.global_batch_size for result in results}  # the same samples in the same order would come to the same loss
+        trained = {setting_of(result) for result in results}  # the same samples in the same order would come to the same loss
         index = choose_probed(self.candidates, results).index
-        if self.branches[index].global_batch_size in trained:
-            least_gain = LEAST_GAIN if len(results) > 1 else -math.inf  # one size beside the first is always trained: that was asked for
+        if self.candidates.settings[index] in trained:
+            least_gain = LEAST_GAIN if len(results) > 1 else -math.inf  # one beside the first is always trained: that was asked for
             proposal = next_probe(self.candidates, results, best_log_time=math.log(best_s), least_gain=least_gain, without=trained)
             if proposal is None:
                 return None
@@ -84,11 +86,13 @@ class Verification:
         result = probe.result
         if target is None:  # the first branch itself cannot be told from standing still: it says nothing about its size
             return result, None
-        samples = branch_fit.samples_to_loss(probe.losses, target)
-        error = branch_fit.log_error(probe.losses) if len(probe.losses) > 1 else 0.0
-        if samples is not None:
+        error = math.hypot(branch_fit.CHANCE_LOG_ERROR, branch_fit.log_error(probe.losses) if len(probe.losses) > 1 else 0.0)
+        reached = branch_fit.samples_to_loss(probe.losses, target)
+        outcome = ProbeOutcome.REACHED if reached else branch_fit.judged(probe, first=first, loss=target)
+        ratio = None if outcome is ProbeOutcome.FAILED else branch_fit.log_ratio(probe.losses, first)
+        if ratio is not None:
+            samples = math.exp(ratio) * (branch_fit.samples_to_loss(first, target) or first[-1][0])
             return result.model_copy(update={"outcome": ProbeOutcome.REACHED, "samples": samples, "log_error": error}), target
-        outcome = branch_fit.judged(probe, first=first, loss=target)
         return result.model_copy(update={"outcome": outcome, "log_error": error}), target
 
 
@@ -120,16 +124,19 @@ def plan_verification(findings: Findings, budget_s: float, *, rng_seed: int = 0)
             "give a larger --budget, or more data."
         )
     base = with_tested_rate(findings.workload, findings.lr_range)
+    rates = RATES if base.lr is not None and base.lr_batch_size is not None else RATES[:1]  # without both the plan names no rate
     base = base.model_copy(update={"lr_batch_size": base.lr_batch_size or _STAND_IN_LR_BATCH})
     tested_over_own = (base.lr or STAND_IN_LR) / (findings.workload.lr or STAND_IN_LR)
     branches = tuple(
         BranchPlan(
             micro_batch_size=point.micro_batch_size,
             accumulation_steps=point.accumulation_steps,
-            lr_factor=tested_over_own * couple_lr(base, saturation_size(noise), point.global_batch_size).factor,
+            lr_factor=rate * tested_over_own * couple_lr(base, saturation_size(noise), point.global_batch_size).factor,
+            lr_over_rule=rate,
             most_samples=max(int(time_s / pace_s[point.global_batch_size]), FEWEST_STEPS * point.global_batch_size),
         )
         for point in points
+        for rate in rates
     )
     sizes = np.array([branch.global_batch_size for branch in branches], dtype=np.float64)
     at_checkpoint, over_run = branch_curves(belief, middle=plan.global_batch_size, rng=np.random.default_rng(rng_seed))
@@ -139,7 +146,13 @@ def plan_verification(findings: Findings, budget_s: float, *, rng_seed: int = 0)
     return Verification(
         checkpoint=branches[first].model_copy(update={"most_samples": checkpoint_samples}),
         branches=branches,
-        candidates=Candidates(sizes=sizes, log_time=log_time, curves=at_checkpoint, run=over_run),
+        candidates=Candidates(
+            sizes=sizes,
+            log_time=log_time,
+            curves=at_checkpoint,
+            run=over_run,
+            lr_over_rule=np.array([branch.lr_over_rule for branch in branches]),
+        ),
         first=first,
         noise_micro_batch_size=noise.snapshots[-1].micro_batch_size if noise.snapshots else branches[first].micro_batch_size,
     )

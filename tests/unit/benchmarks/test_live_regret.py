@@ -192,7 +192,7 @@ def test_a_training_that_diverged_is_not_made_again(tmp_path):
 
 
 def test_seeds_end_at_the_first_that_fails(tmp_path):
-    found = truth_of(tmp_path, FakeTrainer(failing_seed=1)).seeds(32, 0.1, 3, 1e6)
+    found = truth_of(tmp_path, FakeTrainer(failing_seed=1)).seeds(32, 0.1, range(3), 1e6)
     assert [training.samples_to_target is None for training in found] == [False, True]
 
 

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from rightbatch.fits.branch import fit_branches, has_stalled, judged, log_error, monotone, samples_to_loss, target_loss
+from rightbatch.fits.branch import fit_branches, has_stalled, judged, log_error, log_ratio, monotone, samples_to_loss, target_loss
 from rightbatch.records.estimates import Status
 from rightbatch.records.training import BranchMeasurements, BranchProbe, ProbeOutcome, TrainingProbe
 
@@ -54,6 +54,28 @@ def test_a_planted_ratio_of_samples_is_recovered(rate):
     ratio = samples_to_loss(falling(rate, points=80, noise=0.002, seed=2), target) / samples_to_loss(first, target)
 
     assert ratio == pytest.approx(1 / rate, rel=0.12)
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.8, 1.25, 2.0])
+def test_a_planted_ratio_is_the_mean_over_many_losses(rate):
+    assert log_ratio(falling(rate, points=80), falling(points=40)) == pytest.approx(-math.log(rate), abs=0.03)
+
+
+def test_the_mean_over_many_losses_scatters_less_than_one_crossing():
+    pairs = [(falling(points=32, noise=0.01, seed=seed), falling(points=32, noise=0.01, seed=1000 + seed)) for seed in range(100)]
+    target = [2 - 0.2 * math.log(0.7 * 3200)] * len(pairs)
+
+    means = [log_ratio(curve, first) for curve, first in pairs]
+    single = [math.log(samples_to_loss(curve, t) / samples_to_loss(first, t)) for (curve, first), t in zip(pairs, target, strict=True)]
+
+    assert np.std(means) < 0.9 * np.std(single)
+
+
+def test_a_branch_that_was_stopped_short_is_compared_as_far_as_it_came():
+    first = falling(points=40)
+
+    assert log_ratio(falling(0.8, points=40), first) == pytest.approx(math.log(1 / 0.8), abs=0.05)
+    assert log_ratio(falling(0.3, points=40), first) is None
 
 
 def test_target_is_the_loss_after_most_of_the_first_branch():

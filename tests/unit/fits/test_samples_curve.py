@@ -51,6 +51,50 @@ def test_weights_equal_the_likelihood_with_the_level_integrated_out():
     assert weights == pytest.approx(expected / expected.sum(), rel=1e-5)
 
 
+def with_rates(draws, *, log_sd=0.5):
+    return replace(draws, log_best_rate=log_sd * np.random.default_rng(7).standard_normal(len(draws.log_critical)))
+
+
+def test_rates_count_in_the_likelihood():
+    draws = with_rates(replace(curves(n_draws=6), log_failing=np.full(6, math.inf)))
+    probes = (reached(64, 1000.0), reached(64, 900.0).model_copy(update={"lr_over_rule": 1.4}), reached(256, 1500.0))
+
+    weights = weigh(draws, probes).weights
+
+    expected = np.array([oracle_samples.likelihood(draws, row, probes) for row in range(6)])
+    assert weights == pytest.approx(expected / expected.sum(), rel=1e-5, abs=1e-9)
+
+
+def test_the_best_rate_costs_nothing_and_twice_as_much_makes_next_to_no_progress():
+    draws = replace(curves(n_draws=2), log_best_rate=np.log([1.0, 2.0]))
+
+    cost = draws.log_rate_cost(np.array([1.0, 2.0, 4.0]))
+
+    assert cost[0] == pytest.approx([0.0, math.log(10), math.log(10)])
+    assert cost[1] == pytest.approx([math.log(4 / 3), 0.0, math.log(10)])
+
+
+def test_without_rates_every_rate_is_the_best():
+    assert not curves(n_draws=3).log_rate_cost(np.array([0.5, 2.0])).any()
+
+
+def test_a_rate_that_needed_fewer_samples_moves_the_best_rate_towards_it():
+    draws = with_rates(curves(n_draws=4096))
+    probes = (reached(64, 1000.0), reached(64, 800.0).model_copy(update={"lr_over_rule": 1.41}))
+
+    assert float(weigh(draws, probes).weights @ draws.log_best_rate) > 0.15
+
+
+def test_a_rate_that_failed_says_less_of_its_size():
+    draws = with_rates(curves(n_draws=4096))
+    fails = draws.fails(np.array([1024.0]))[:, 0]
+    failed = TrainingProbe(global_batch_size=1024, outcome=ProbeOutcome.FAILED, samples=3000)
+
+    at_rule, hot = (weigh(draws, (failed.model_copy(update={"lr_over_rule": rate}),)).weights[fails].sum() for rate in (1.0, 2.0))
+
+    assert fails.mean() < hot < at_rule - 0.1
+
+
 def test_without_probes_all_draws_weigh_the_same():
     assert weigh(curves(), ()).weights == pytest.approx(np.full(512, 1 / 512))
 

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from cases import rig_of, sgd, vectors
 from rightbatch.probes import branch
+from rightbatch.probes.branch import EVALUATIONS
 from rightbatch.records.measurements import NoiseProblem
 from rightbatch.records.training import BranchPlan, ProbeOutcome
 from rightbatch.workload.ingredients import Workload
@@ -100,12 +101,28 @@ def test_what_is_evaluated_is_the_mean_of_the_weights_along_an_interval_and_trai
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.95),
     )
 
-    measured = measure(plan(micro=16, samples=12 * 128), on=on, checkpoint=plan(micro=16, samples=16))
+    measured = measure(plan(micro=16, samples=EVALUATIONS * 128), on=on, checkpoint=plan(micro=16, samples=16))
 
     losses = [loss for _, loss in measured.probes[0].losses]
     start = on.new_trainee().model.weight.item() * -0.9
     assert losses[0] == pytest.approx((start * sum((-0.9) ** step for step in range(1, 9)) / 8) ** 2, rel=1e-12)
-    assert [after / before for before, after in pairwise(losses)] == pytest.approx([0.9**16] * 11, rel=1e-9)
+    assert [after / before for before, after in pairwise(losses)] == pytest.approx([0.9**16] * (EVALUATIONS - 1), rel=1e-9)
+
+
+@pytest.mark.parametrize(("checkpoint_samples", "evaluated"), [(16, 512), (16_000, 1000), (64_000, 2048)])
+def test_a_longer_branch_is_evaluated_on_more_samples(monkeypatch, checkpoint_samples, evaluated):
+    monkeypatch.setattr(branch, "_train", lambda rig, trainee, plan, order, samples, **_: samples)
+
+    measured = measure(on=rig(train=vectors(4096)), checkpoint=plan(samples=checkpoint_samples))
+
+    assert measured.evaluated_samples == evaluated
+
+
+def test_a_branch_remembers_its_rate_over_the_rules():
+    measured = measure(plan(factor=1.4).model_copy(update={"lr_over_rule": 1.4}))
+
+    assert measured.probes[0].result.lr_over_rule == 1.4
+    assert measured.probes[0].result.lr == pytest.approx(1.4 * measure(plan()).probes[0].result.lr)
 
 
 def test_gradient_noise_is_measured_at_the_checkpoint_and_changes_no_branch(monkeypatch):

@@ -113,3 +113,30 @@ def test_no_size_counts_as_more_than_four_times_the_best():
 
     assert costs.min() == 1
     assert costs.max() <= LARGEST_COST + 1e-9
+
+
+def with_rates(*, log_sd):
+    """One size at three rates, of which the best is unknown."""
+    draws = draw_curves(SURE, middle=128, rng=np.random.default_rng(0), n_draws=2048)
+    draws = replace(draws, log_best_rate=log_sd * np.random.default_rng(1).standard_normal(2048))
+    rates = np.array([0.5, 1.0, 2.0])
+    return Candidates(sizes=np.full(3, 64.0), log_time=np.zeros((1, 3)), curves=draws, lr_over_rule=rates, run=draws)
+
+
+def test_another_rate_is_trained_as_long_as_the_best_one_is_unknown():
+    first = probe(64, 1000.0)
+
+    proposal = next_probe(with_rates(log_sd=0.5), (first,), best_log_time=math.log(1000), without={(64, 1.0)})
+
+    assert proposal is not None
+    assert proposal.regret_removed > 0.02
+    assert next_probe(with_rates(log_sd=1e-6), (first,), best_log_time=math.log(1000), without={(64, 1.0)}) is None
+
+
+def test_the_rate_that_needed_fewest_samples_is_chosen_and_no_failed_one():
+    found = with_rates(log_sd=0.5)
+    hot, cold = (probe(64, samples).model_copy(update={"lr_over_rule": rate}) for samples, rate in ((700.0, 2.0), (2000.0, 0.5)))
+
+    assert found.settings[choose_probed(found, (probe(64), hot, cold)).index] == (64, 2.0)
+    failed = hot.model_copy(update={"outcome": ProbeOutcome.FAILED})
+    assert found.settings[choose_probed(found, (probe(64), failed, cold)).index] == (64, 1.0)

@@ -1,7 +1,7 @@
 """The report says where the learning rate comes from, and how far a range test may be believed."""
 
 from findings_samples import good, lr_range, unstable, untuned
-from rightbatch.records.estimates import Status
+from rightbatch.records.estimates import Estimate, Status
 from rightbatch.records.training import ProbeOutcome, SweepEvidence, TrainingProbe
 from rightbatch.report.lr_section import learning_rate
 from rightbatch.report.verdict import answer_line
@@ -49,6 +49,19 @@ def test_a_rate_that_a_sweep_tuned_is_not_called_a_range_tests():
 
     assert "lr 1.2 (swept)" in answer_line(findings)
     assert "1.2 is the rate that the sweep tuned at 64 (0.2)." in _said(findings)
+
+
+def test_a_rate_that_was_trained_is_told_from_the_rules():
+    findings = good()
+    recommendation = findings.recommendation
+    over_rule = Estimate(value=1.5, low=1.1, high=1.9, n=4)
+    lr = recommendation.lr.model_copy(update={"over_rule": over_rule})
+    plan = recommendation.plan.model_copy(update={"lr": 0.3})
+    checked = findings.model_copy(update={"recommendation": recommendation.model_copy(update={"lr": lr, "plan": plan})})
+
+    assert "lr 0.3 (from 0.1 @ 128, trained)" in answer_line(checked)
+    assert "0.2 is 2 times the rate tuned at 128 (0.1), by the square root rule." in _said(checked)
+    assert "Trained from one checkpoint, the best rate is 1.5 [1.1, 1.9] times that, so 0.3 is given." in _said(checked)
 
 
 def test_range_test_is_given_with_its_interval_its_edge_and_its_bias():

@@ -53,20 +53,23 @@ def findings(scale=100.0, branches=None, **changes):
     )
 
 
-def losses_of(size, samples, critical):
-    """A planted law: a size needs 1 + size / critical times the samples to any loss."""
+def losses_of(size, samples, critical, progress=1.0):
+    """A planted law: a size needs 1 + size / critical times the samples to any loss, over the progress that its rate makes."""
     at = np.linspace(samples / 16, samples, 16)
-    return tuple((int(s), 3 - 0.25 * math.log(s / (1 + size / critical))) for s in at)
+    return tuple((int(s), 3 - 0.25 * math.log(s * progress / (1 + size / critical))) for s in at)
 
 
-def carry_out(plan, critical, *, fails_from=math.inf):
+def carry_out(plan, critical, *, fails_from=math.inf, best_rate=1.0):
     measured = BranchMeasurements(checkpoint_samples=5000, checkpoint_batch_size=64, evaluated_samples=512, target_loss=None, probes=())
     while (branch := plan.next_branch(measured)) is not None:
         size = branch.global_batch_size
-        losses = losses_of(size, branch.most_samples, critical)
+        x = branch.lr_over_rule / best_rate
+        losses = losses_of(size, branch.most_samples, critical, max(2 * x - x * x, 0.05))
         if size >= fails_from:
             losses = tuple((at, 5.0 + at) for at, _ in losses)
-        result = TrainingProbe(global_batch_size=size, lr=0.1, outcome=ProbeOutcome.STOPPED, samples=losses[-1][0])
+        result = TrainingProbe(
+            global_batch_size=size, lr=0.1, lr_over_rule=branch.lr_over_rule, outcome=ProbeOutcome.STOPPED, samples=losses[-1][0]
+        )
         probe = BranchProbe(micro_batch_size=size, accumulation_steps=1, result=result, losses=losses)
         judged, target = plan.conclude(probe, measured)
         probes = (*measured.probes, probe.model_copy(update={"result": judged}))
@@ -90,14 +93,34 @@ def test_training_moves_the_belief_about_the_critical_size_towards_the_planted_o
     assert after.recommendation.evidence_level == 3
 
 
-def test_first_branch_is_the_recommended_size_and_each_size_is_trained_once():
+@pytest.mark.parametrize("best_rate", [0.6, 1.0, 1.6])
+def test_training_moves_the_rate_towards_the_planted_best_one(best_rate):
+    before = findings()
+
+    measured = carry_out(plan_verification(before, 60.0), 400.0, best_rate=best_rate)
+    after = findings(branches=measured).recommendation
+
+    over_rule = after.lr.over_rule
+    assert over_rule.value == pytest.approx(best_rate, rel=0.15)
+    assert over_rule.low < best_rate < over_rule.high
+    assert after.plan.lr == pytest.approx(after.lr.base_lr * after.lr.factor * over_rule.value)
+
+
+def test_a_workload_without_a_rate_is_checked_at_the_rule_alone():
+    plan = plan_verification(findings(lr=None), 60.0)
+
+    assert {branch.lr_over_rule for branch in plan.branches} == {1.0}
+    assert findings(lr=None, branches=carry_out(plan, 400.0)).recommendation.lr.over_rule is None
+
+
+def test_first_branch_is_the_recommended_size_and_each_setting_is_trained_once():
     before = findings()
 
     measured = carry_out(plan_verification(before, 60.0), 400.0)
 
-    sizes = [probe.result.global_batch_size for probe in measured.probes]
-    assert sizes[0] == before.recommendation.plan.global_batch_size
-    assert len(set(sizes)) == len(sizes)
+    settings = [(probe.result.global_batch_size, probe.result.lr_over_rule) for probe in measured.probes]
+    assert settings[0] == (before.recommendation.plan.global_batch_size, 1.0)
+    assert len(set(settings)) == len(settings)
     assert measured.probes[0].result.outcome is ProbeOutcome.REACHED
 
 
@@ -136,7 +159,7 @@ def test_branches_end_with_so_many_epochs_however_long_the_budget():
 def test_learning_rates_of_the_branches_follow_the_size():
     plan = plan_verification(findings(), 60.0)
 
-    factors = {branch.global_batch_size: branch.lr_factor for branch in plan.branches}
+    factors = {branch.global_batch_size: branch.lr_factor / branch.lr_over_rule for branch in plan.branches}
     assert factors[128] == pytest.approx(1.0)
     assert factors[32] < factors[64] < 1 < factors[256]
 
@@ -146,7 +169,7 @@ def test_a_tested_rate_takes_the_place_of_the_workloads_own():
 
     plan = plan_verification(findings(lr_batch_size=None).model_copy(update={"lr_range": tested}), 60.0)
 
-    factors = {branch.global_batch_size: branch.lr_factor for branch in plan.branches}
+    factors = {branch.global_batch_size: branch.lr_factor / branch.lr_over_rule for branch in plan.branches}
     assert factors[64] == pytest.approx(0.4 / 0.1)
 
 
