@@ -62,7 +62,7 @@ def score_rcp(cells: Sequence[Cell], resamples: int) -> dict[str, Score]:
 
 
 def counted(probes: int, **options: object) -> Sequential:
-    return Sequential(most_probes=probes, least_gain=-math.inf, abort=PATIENT, **options)  # type: ignore[arg-type]
+    return Sequential(most_probes=probes, least_gain=-math.inf, abort=PATIENT, together=1, **options)  # type: ignore[arg-type]
 
 
 def score_pollux(pairs: Sequence[tuple[Cell, NoiseTrace]]) -> dict[str, Score]:

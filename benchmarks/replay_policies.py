@@ -12,7 +12,7 @@ from rightbatch.fits.critical_batch import CALIBRATION_LOG_SD, CALIBRATION_MEDIA
 from rightbatch.fits.intervals import normal_draws
 from rightbatch.fits.samples_curve import PRIORS, CurvePrior, LrRegime, draw_curves
 from rightbatch.fits.tradeoff import relative_to_best
-from rightbatch.recommend.probing import LEAST_GAIN, Candidates, choose_probed, first_probe, next_probe
+from rightbatch.recommend.probing import LEAST_GAIN, Candidates, choose_probed, first_probes, next_probe
 from rightbatch.records.training import ProbeOutcome, TrainingProbe
 
 DRAWS = 2048
@@ -81,6 +81,8 @@ class Sequential:
         most_probes: Trainings at most.
         least_gain: When to stop earlier; negative: never.
         abort: A probe is stopped at so many times the best time so far.
+        together: Sizes that are trained in turn, one as long as the other, until the first of them arrives; 1 where probes are counted
+            and not their time.
         most_runs: No further probe is begun that is expected to bring the time spent above so many runs of the best so far.
         priors: Belief by how the rate goes with the size.
     """
@@ -88,6 +90,7 @@ class Sequential:
     most_probes: int = MOST_PROBES
     least_gain: float = LEAST_GAIN
     abort: float = 1.0
+    together: int = 2
     most_runs: float = math.inf
     priors: Mapping[LrRegime, CurvePrior] = field(default_factory=lambda: PRIORS)
     _plans: dict[tuple[object, ...], "_Plan"] = field(default_factory=dict)
@@ -97,16 +100,16 @@ class Sequential:
         probes: tuple[TrainingProbe, ...] = ()
         spent = 0.0
         best = math.inf
-        while (plan := self._plan(cell, probes)).index is not None and not spent + plan.cost * best > self.most_runs * best:
-            probe, seconds = self._train(cell, plan.index, float(work[plan.index]), best)
-            if probe.outcome is ProbeOutcome.REACHED:
-                best = min(best, seconds)
-            spent += seconds
-            probes = (*probes, probe)
+        while (plan := self._plan(cell, probes)).indices and not spent + plan.cost * best > self.most_runs * best:
+            best = min(best, *(work[i] * cell.seconds[i] for i in plan.indices))
+            for i in plan.indices:
+                probe, seconds = self._train(cell, i, float(work[i]), best)
+                spent += seconds
+                probes = (*probes, probe)
         return Pick(plan.choice, spent, len(probes))
 
     def _train(self, cell: Cell, index: int, work: float, best: float) -> tuple[TrainingProbe, float]:
-        """What training a size shows, and the seconds that it takes."""
+        """What training a size shows, and the seconds that it takes; the best time is that of all probes, this one and its fellow too."""
         pace, size, limit = float(cell.seconds[index]), int(cell.sizes[index]), self.abort * best
         if math.isfinite(work) and work * pace <= limit:
             error = cell.resolution / work * UNIFORM_SD
@@ -122,27 +125,27 @@ class Sequential:
             if cell.label not in self._cells:
                 self._cells[cell.label] = _candidates(cell, self.priors[cell.regime])
             candidates = self._cells[cell.label]
-            index, cost = self._next(candidates, probes)
-            self._plans[key] = _Plan(index, cost, choose_probed(candidates, probes).index)
+            indices, cost = self._next(candidates, probes)
+            self._plans[key] = _Plan(indices, cost, choose_probed(candidates, probes).index)
         return self._plans[key]
 
-    def _next(self, candidates: Candidates, probes: tuple[TrainingProbe, ...]) -> tuple[int | None, float]:
+    def _next(self, candidates: Candidates, probes: tuple[TrainingProbe, ...]) -> tuple[tuple[int, ...], float]:
         if len(probes) >= self.most_probes:
-            return None, 0.0
+            return (), 0.0
         log_time = dict(zip(candidates.sizes.astype(int).tolist(), candidates.log_time[0].tolist(), strict=True))
         reached = [p for p in probes if p.outcome is ProbeOutcome.REACHED]
         if not reached:
-            return first_probe(candidates, probes), 0.0
+            return first_probes(candidates, probes, count=self.together), 0.0
         best = min(math.log(p.samples) + log_time[p.global_batch_size] for p in reached)
         proposal = next_probe(candidates, probes, best_log_time=best + math.log(self.abort), least_gain=self.least_gain)
-        return (None, 0.0) if proposal is None else (proposal.index, proposal.cost * self.abort)
+        return ((), 0.0) if proposal is None else ((proposal.index,), proposal.cost * self.abort)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """Which size to train next, none to stop; what that should cost in runs of the best so far; and the choice without it."""
+    """Which sizes to train next, in turn, none to stop; what that should cost in runs of the best so far; and the choice without it."""
 
-    index: int | None
+    indices: tuple[int, ...]
     cost: float
     choice: int
 

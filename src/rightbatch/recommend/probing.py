@@ -4,6 +4,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 from typing import TypeAlias
 
 import numpy as np
@@ -109,12 +110,28 @@ def choose_probed(candidates: Candidates, probes: Sequence[TrainingProbe]) -> Pr
     return ProbedChoice(index, max(float(costs[index]) - 1, 0.0))
 
 
-def first_probe(candidates: Candidates, probes: Sequence[TrainingProbe] = ()) -> int | None:
-    """Return the untried size of least expected cost: what to train while nothing reached the target; none when all were tried."""
+def first_probes(candidates: Candidates, probes: Sequence[TrainingProbe] = (), *, count: int = 1) -> tuple[int, ...]:
+    """Return the untried sizes the best of which is expected to cost least: what to train while nothing reached the target.
+
+    Two of them are to be trained in turn, one as long as the other, until one arrives: that takes twice the shorter time of both, while
+    nothing says when to stop a single one.
+
+    Args:
+        candidates: The sizes.
+        probes: What was trained, in vain.
+        count: How many sizes; fewer are returned when fewer are untried.
+
+    Source:
+        The medians of a set of points: Kariv and Hakimi, SIAM J. Appl. Math. 37, 1979.
+    """
     tried = {probe.global_batch_size for probe in probes}
-    costs = weigh(candidates.curves, probes).weights @ candidates.costs
+    weights = weigh(candidates.curves, probes).weights
     left = [i for i, size in enumerate(candidates.sizes) if int(size) not in tried]
-    return min(left, key=lambda i: float(costs[i]), default=None)
+
+    def cost(chosen: tuple[int, ...]) -> float:
+        return float(weights @ candidates.costs[:, list(chosen)].min(axis=1))
+
+    return min(combinations(left, min(count, len(left))), key=cost) if left else ()
 
 
 def next_probe(

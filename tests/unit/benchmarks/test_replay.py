@@ -166,6 +166,19 @@ def test_a_run_seen_at_whole_epochs_is_known_to_within_one(replay):
     assert probe.log_error == pytest.approx(1 / 5 / math.sqrt(12))
 
 
+def test_a_size_that_never_arrives_takes_no_longer_than_the_one_beside_it(replay):
+    cell = replay.Cell(
+        workload="net", label="net", regime="fixed", sizes=np.array([8.0, 16.0]), seconds=np.array([2.0, 1.0]),
+        work=(np.array([3.0, 20.0]), np.array([math.inf])),
+    )  # fmt: skip
+    work = np.array([3.0, math.inf])
+
+    together, alone = (replay.Sequential(together=count, most_probes=2)(cell, work) for count in (2, 1))
+
+    assert (together.index, together.seconds, together.probes) == (0, 2 * 6.0, 2)
+    assert (alone.index, alone.seconds, alone.probes) == (0, 20.0 + 6.0, 2)
+
+
 def test_a_part_of_a_ladder_that_never_reached_the_target_is_no_cell(replay, tmp_path):
     write(tmp_path / "traces.csv", own_rows("data/net/adam", "fixed", needed=lambda size: 5 if size < 32 else math.inf))
 

@@ -3,8 +3,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from rightbatch.fits.samples_curve import PRIORS, draw_curves
-from rightbatch.recommend.probing import LARGEST_COST, Candidates, choose_probed, first_probe, next_probe
+from rightbatch.fits.samples_curve import PRIORS, draw_curves, weigh
+from rightbatch.recommend.probing import LARGEST_COST, Candidates, choose_probed, first_probes, next_probe
 from rightbatch.records.training import ProbeOutcome, TrainingProbe
 
 SIZES = np.array([16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0])
@@ -30,17 +30,24 @@ def run_to_the_end(cost_of, found, *, most=8):
     log_time = dict(zip(SIZES.astype(int).tolist(), found.log_time[0].tolist(), strict=True))
     probes, best, spent = (), math.inf, 0.0
     while len(probes) < most:
-        proposal = first_probe(found, probes) if not math.isfinite(best) else next_probe(found, probes, best_log_time=math.log(best))
-        if proposal is None:
-            break
-        size = int(SIZES[proposal if isinstance(proposal, int) else proposal.index])
-        needed, pace = cost_of(size), math.exp(log_time[size])
-        if math.isfinite(needed) and needed * pace <= best:
-            probes, best, spent = (*probes, probe(size, needed)), needed * pace, spent + needed * pace
+        if math.isfinite(best):
+            proposal = next_probe(found, probes, best_log_time=math.log(best))
+            indices = () if proposal is None else (proposal.index,)
         else:
-            outcome = ProbeOutcome.STOPPED if math.isfinite(best) else ProbeOutcome.FAILED
-            probes = (*probes, probe(size, best / pace if math.isfinite(best) else 1e5, outcome))
-            spent += min(best, 1e5 * pace)
+            indices = first_probes(found, probes, count=2)
+        if not indices:
+            break
+        sizes = [int(SIZES[i]) for i in indices]
+        times = [cost_of(size) * math.exp(log_time[size]) for size in sizes]
+        best = min(best, *times)
+        for size, time in zip(sizes, times, strict=True):
+            pace = math.exp(log_time[size])
+            took = min(time, best, 1e5 * pace)
+            if time <= best and math.isfinite(time):
+                probes = (*probes, probe(size, cost_of(size)))
+            else:
+                probes = (*probes, probe(size, took / pace, ProbeOutcome.STOPPED if math.isfinite(best) else ProbeOutcome.FAILED))
+            spent += took
     return probes, spent / best
 
 
@@ -74,13 +81,32 @@ def test_choice_lies_between_the_sizes_that_reached_the_target():
 def test_without_probes_the_least_expected_cost_is_chosen_and_probed_first():
     found = candidates()
 
-    assert first_probe(found) == choose_probed(found, ()).index == int(np.argmin(found.costs.mean(axis=0)))
+    assert first_probes(found) == (choose_probed(found, ()).index,) == (int(np.argmin(found.costs.mean(axis=0))),)
+
+
+def test_the_first_two_are_those_whose_better_one_is_expected_to_cost_least():
+    found = candidates(PRIORS["fixed"])
+    tried = (probe(512, 1e5, ProbeOutcome.FAILED),)
+    weights = weigh(found.curves, tried).weights
+
+    pair = first_probes(found, tried, count=2)
+
+    expected = {
+        (i, j): sum(weight * min(costs[i], costs[j]) for weight, costs in zip(weights, found.costs, strict=True))
+        for i in range(len(SIZES))
+        for j in range(i + 1, len(SIZES))
+        if 512 not in (SIZES[i], SIZES[j])
+    }
+    assert pair == min(expected, key=expected.get)
+    cheapest = np.argsort(weights @ found.costs)[:2]
+    assert set(pair) != set(cheapest)  # neighbours of the best guess would tell little
 
 
 def test_no_first_probe_when_every_size_was_tried():
     tried = tuple(probe(int(size), outcome=ProbeOutcome.FAILED) for size in SIZES)
 
-    assert first_probe(candidates(), tried) is None
+    assert first_probes(candidates(), tried) == ()
+    assert first_probes(candidates(), tried[1:], count=2) == (0,)
 
 
 def test_nothing_more_is_trained_when_the_curve_is_known():
