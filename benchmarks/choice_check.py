@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import cross_entropy
 
-from rightbatch.fits.lr_scaling import couple_lr, saturation_size
+from rightbatch.fits.lr_scaling import couple_lr, known_noise_scale
 from rightbatch.records.plan import Findings
 
 ROOT = Path(__file__).parents[1]
@@ -72,7 +72,7 @@ def main() -> int:
     data = cifar10(arguments.data)
     rows = []
     for size in arguments.sizes:
-        coupling = couple_lr(findings.workload, saturation_size(findings.noise_scale), size)
+        coupling = couple_lr(findings.workload, known_noise_scale(findings.noise_scale), size)
         lr = coupling.base_lr * coupling.factor
         reached = [samples_to_target(data, size, lr, arguments.target, seed) for seed in range(arguments.seeds)]
         known = [samples for samples in reached if samples is not None]

@@ -36,7 +36,7 @@ from rightbatch.engine.meters import meters_for
 from rightbatch.engine.rig import Rig
 from rightbatch.errors import UsageError
 from rightbatch.fits.batch_schedule import coupled_setting
-from rightbatch.fits.lr_scaling import saturation_size
+from rightbatch.fits.lr_scaling import known_noise_scale
 from rightbatch.fits.schedule_forecast import forecast_schedule
 from rightbatch.fits.training_result import predicted_seconds
 from rightbatch.recommend.schedule import requested_schedule
@@ -88,7 +88,7 @@ class Way:
 def ways_of(findings: Findings, lr: float, total_samples: int) -> list[Way]:
     """The four ways; the rate of each follows its size by the rule that find uses."""
     found = findings.recommendation.plan
-    coupling = SizeCoupling(base_batch_size=BASE, optimizer="SGD", noise_scale_samples=saturation_size(findings.noise_scale))
+    coupling = SizeCoupling(base_batch_size=BASE, optimizer="SGD", noise_scale_samples=known_noise_scale(findings.noise_scale))
     factor = coupled_setting(coupling, ACCUMULATED * BASE).lr_factor
     accumulated = BatchPlan(global_batch_size=ACCUMULATED * BASE, micro_batch_size=BASE, accumulation_steps=ACCUMULATED, lr=lr * factor)
     dynamic = requested_schedule("noise", findings, total_samples)

@@ -21,14 +21,14 @@ def spread(draws, row, size):
     return math.sqrt(draws.run_log_sd[row] ** 2 + (draws.heat * hot) ** 2)
 
 
-def log_rate_cost(draws, row, lr_over_rule):
-    x = lr_over_rule / math.exp(draws.log_best_rate[row])
+def log_rate_cost(draws, row, size, lr_over_rule):
+    x = lr_over_rule / math.exp(draws.rates.log_best[row] + draws.rates.slope[row] * math.log(size / draws.rates.size))
     return -math.log(max(2 * x - x * x, 0.1))
 
 
 def expected_of(draws, row, probe):
     expected = log_samples(draws, row, probe.global_batch_size)
-    return expected if draws.log_best_rate is None else expected + log_rate_cost(draws, row, probe.lr_over_rule)
+    return expected if draws.rates is None else expected + log_rate_cost(draws, row, probe.global_batch_size, probe.lr_over_rule)
 
 
 def likelihood(draws, row, probes):

@@ -4,32 +4,42 @@ import math
 
 import numpy as np
 
-from rightbatch.fits.samples_curve import CurveDraws
+from rightbatch.fits.intervals import FloatArray
+from rightbatch.fits.samples_curve import CurveDraws, RateDraws
 from rightbatch.records.estimates import Estimate
-from rightbatch.records.training import BranchMeasurements, ProbeOutcome
 
-_RATES = 65
-_LARGEST_COST = 4.0
+_RATES = 33
+_LARGEST_LOG_COST = math.log(4)
 """No rate counts as more than this many times the samples of the best: whoever trains with it notices."""
 
 
-def best_rate(curves: CurveDraws | None, branches: BranchMeasurements | None) -> Estimate | None:
-    """Return the rate of least expected samples over the rule's, between the smallest and the largest that trained without failing.
+def best_rate(curves: CurveDraws | None, size: int) -> Estimate | None:
+    """Return the rate of least expected samples over the rule's at a size, between the smallest and the largest that trained.
 
     Args:
         curves: Draws that are weighed by the branches already.
-        branches: The branches.
+        size: In samples.
 
     Returns:
         With the 95 % interval of the best rate; none where branches had fewer than two rates.
     """
-    if branches is None or curves is None or curves.log_best_rate is None:
+    if curves is None or curves.rates is None or len(curves.rates.tried) < 2:
         return None
-    trained = {probe.result.lr_over_rule for probe in branches.probes if probe.result.outcome is not ProbeOutcome.FAILED}
-    if len(trained) < 2:
-        return None
-    rates = np.geomspace(min(trained), max(trained), _RATES)
-    costs = np.exp(np.minimum(curves.log_rate_cost(rates), math.log(_LARGEST_COST))).mean(axis=0)
-    value = float(rates[costs.argmin()])
-    low, high = np.exp(np.percentile(curves.log_best_rate, [2.5, 97.5]))
-    return Estimate(value=value, low=min(float(low), value), high=max(float(high), value), n=len(branches.probes))
+    at = np.array([size], dtype=np.float64)
+    value = _given(curves, curves.rates, at)
+    low, high = np.exp(np.percentile(curves.rates.log_best_at(at), [2.5, 97.5]))
+    return Estimate(value=value, low=min(float(low), value), high=max(float(high), value), n=len(curves.rates.tried))
+
+
+def log_rate_loss(curves: CurveDraws, sizes: FloatArray) -> FloatArray:
+    """Log of the samples that the rate which each size would be given costs over its best, shape (draws, sizes); 0 without two rates."""
+    if curves.rates is None or len(curves.rates.tried) < 2:
+        return np.zeros((len(curves.log_critical), len(sizes)))
+    given = np.array([_given(curves, curves.rates, sizes[i : i + 1]) for i in range(len(sizes))])
+    return np.asarray(np.minimum(curves.log_rate_cost(sizes, given), _LARGEST_LOG_COST))
+
+
+def _given(curves: CurveDraws, rates: RateDraws, size: FloatArray) -> float:
+    tried = np.geomspace(min(rates.tried), max(rates.tried), _RATES)
+    log_cost = curves.log_rate_cost(np.repeat(size, _RATES), tried)
+    return float(tried[np.exp(np.minimum(log_cost, _LARGEST_LOG_COST)).mean(axis=0).argmin()])

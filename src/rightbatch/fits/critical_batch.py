@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from rightbatch.fits.intervals import FloatArray, log_standard_error, normal_draws
-from rightbatch.fits.samples_curve import HYPERBOLA, PRIORS, CurveDraws, draw_curves, weigh
+from rightbatch.fits.samples_curve import HYPERBOLA, PRIORS, CurveDraws, RateDraws, draw_curves, weigh
 from rightbatch.records.estimates import Estimate, NoiseScale, Status
 from rightbatch.records.training import BranchMeasurements, ProbeOutcome
 
@@ -26,6 +26,8 @@ CHECKPOINT_LOG_SD = math.log(1.5)
 
 BEST_RATE_LOG_SD = math.log(1.5)
 """Spread of the best learning rate over the rule's: rates are tuned on a grid of a factor of two or three, at another size."""
+BEST_RATE_SLOPE_SD = 0.3
+"""Spread of how that grows with the logarithm of the size."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,9 @@ def curves_of(noise: NoiseScale, branches: BranchMeasurements | None, rng: np.ra
         return draw_curves(HYPERBOLA, middle=1, rng=rng, n_draws=n_draws, critical=belief.over_run)
     at_checkpoint, over_run = branch_curves(belief, middle=results[0].global_batch_size, rng=rng)
     weights = weigh(at_checkpoint, results).weights
-    return over_run.rows(rng.choice(n_draws, n_draws, p=weights))
+    drawn = over_run.rows(rng.choice(n_draws, n_draws, p=weights))
+    tried = {result.lr_over_rule for result in results if result.outcome is not ProbeOutcome.FAILED}
+    return replace(drawn, rates=None if drawn.rates is None else replace(drawn.rates, tried=tuple(sorted(tried))))
 
 
 def branch_curves(belief: CriticalBelief, *, middle: float, rng: np.random.Generator) -> tuple[CurveDraws, CurveDraws]:
@@ -130,7 +134,8 @@ def branch_curves(belief: CriticalBelief, *, middle: float, rng: np.random.Gener
     """
     n_draws = len(belief.over_run)
     at_checkpoint = draw_curves(PRIORS["coupled"], middle=middle, rng=rng, n_draws=n_draws, critical=belief.at_checkpoint)
-    at_checkpoint = replace(at_checkpoint, log_best_rate=BEST_RATE_LOG_SD * normal_draws(rng, n_draws))
+    log_best, slope = BEST_RATE_LOG_SD * normal_draws(rng, n_draws), BEST_RATE_SLOPE_SD * normal_draws(rng, n_draws)
+    at_checkpoint = replace(at_checkpoint, rates=RateDraws(log_best, slope, middle))
     shift = np.log(belief.over_run) - at_checkpoint.log_critical
     return at_checkpoint, replace(
         at_checkpoint, log_critical=at_checkpoint.log_critical + shift, log_failing=at_checkpoint.log_failing + shift

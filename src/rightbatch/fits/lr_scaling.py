@@ -11,19 +11,18 @@ from rightbatch.units import format_number
 
 LrRule: TypeAlias = Literal["saturating linear", "square root", "saturating power", "none"]
 
+SATURATION = 2.0
+"""Size beyond which tuned rates of SGD stop growing, over the noise scale along a pilot (docs/decisions/023-rates-in-the-check.md)."""
 SGD_FAMILY = frozenset({"SGD", "ASGD"})
 ADAPTIVE_FAMILY = frozenset({"Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "RMSprop"})
 _POWERS = {"LARS": (0.39, 0.30), "LAMB": (0.70, 0.56)}
 """Powers of the saturating gain, and of kappa alone, that tuned MLPerf runs followed: ResNet with LARS, BERT with LAMB (theory page)."""
 
 
-def saturation_size(noise: NoiseScale | None) -> float | None:
-    """Size beyond which tuned rates stop growing, in samples: the measured noise scale itself, or its lower bound; none when unknown.
+def known_noise_scale(noise: NoiseScale | None) -> float | None:
+    """The measured noise scale in samples, or its lower bound; none when it is unknown.
 
     None too where every gradient was the same, which has a noise scale of 0: nothing tells then where a rate stops growing.
-
-    Not the critical batch size: on three small CNNs tuned rates stopped growing at 1.08 times the noise scale of the run, while the
-    critical batch size was 0.99 to 2.3 times it (docs/decisions/013-calibration-and-rates.md).
     """
     if noise is None:
         return None
@@ -41,9 +40,9 @@ def couple_lr(
 ) -> LrCoupling:
     """Learning rate at ``global_batch_size`` from the rate tuned at ``workload.lr_batch_size``.
 
-    With b0 the tuned size, b the new one, kappa = b / b0, B the noise scale and g = (1 + B / b0) / (1 + B / b):
-    stochastic gradient descent, g, which is linear below B and saturates above; adaptive optimizers, sqrt(kappa);
-    LARS and LAMB, g to a power of their family; others, no rule.
+    With b0 the tuned size, b the new one, kappa = b / b0, B the noise scale and g(B) = (1 + B / b0) / (1 + B / b):
+    stochastic gradient descent, g(2 B), which is linear below 2 B and saturates above; adaptive optimizers, sqrt(kappa);
+    LARS and LAMB, g(B) to a power of their family; others, no rule.
 
     Args:
         workload: Optimizer, its settings, the tuned rate and its batch size.
@@ -129,7 +128,7 @@ def rate_factor(optimizer: str, noise_scale: float | None, base_size: int, size:
         power, power_alone = _POWERS[_layerwise_family(optimizer)]
         return math.pow(kappa, power_alone) if noise_scale is None else math.pow(saturating_gain(noise_scale, base_size, size), power)
     if rule == "saturating linear":
-        return min(kappa, 1.0) if noise_scale is None else saturating_gain(noise_scale, base_size, size)
+        return min(kappa, 1.0) if noise_scale is None else saturating_gain(SATURATION * noise_scale, base_size, size)
     return 1.0
 
 
@@ -152,7 +151,8 @@ def _validity(optimizer: str, noise_scale: float | None, base: int | None, size:
     if noise_scale is None:
         blind = "a smaller batch gets a rate in proportion" if size < base else "a larger batch keeps the rate"
         return f"The noise scale is unknown, and so is where the linear rule stops: {blind} until it is measured."
-    return f"Linear well below the noise scale, {format_number(noise_scale)}, and saturating above it; keep momentum and warm up."
+    limit = format_number(SATURATION * noise_scale)
+    return f"Linear well below twice the noise scale, {limit}, and saturating above it; keep momentum and warm up."
 
 
 def _square_root_validity(noise_scale: float | None, base: int, size: int) -> str:

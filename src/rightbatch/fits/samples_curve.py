@@ -23,7 +23,7 @@ _FEATURES = 24
 _UNLUCKY = 0.05
 """Probability that a run fails at a size that can reach the target."""
 _LARGEST_SPREAD = 1.0
-_LEAST_PROGRESS = 0.1
+LEAST_PROGRESS = 0.1
 """Of a rate that is far too hot, over the best rate's."""
 _NO_LOW = -100.0
 """Logarithm of a b_lo that changes nothing."""
@@ -73,6 +73,34 @@ HYPERBOLA = CurvePrior(low_over_middle=0.0, heat=0.0, exponent_log_sd=0.0, discr
 
 
 @dataclass(frozen=True)
+class RateDraws:
+    """Draws of the best learning rate over the one that the rule gives a size: one row a draw."""
+
+    log_best: FloatArray
+    """At ``size``."""
+    slope: FloatArray
+    """How much it grows with the logarithm of the size."""
+    size: float
+    tried: tuple[float, ...] = ()
+    """Rates over the rule's that trained without failing, by which the draws are weighed; none before that."""
+
+    def log_best_at(self, sizes: FloatArray) -> FloatArray:
+        """Log of the best rate over the rule's, shape (draws, sizes)."""
+        return np.asarray(self.log_best[:, None] + self.slope[:, None] * np.log(np.asarray(sizes) / self.size)[None, :])
+
+    def log_cost(self, sizes: FloatArray, lr_over_rule: FloatArray) -> FloatArray:
+        """Log of the samples that a learning rate at each size costs over the best rate, shape (draws, sizes).
+
+        On a quadratic loss a step of x times the best rate makes 2 x - x**2 of the best progress, and none from x = 2 on.
+
+        Source:
+            McCandlish et al. 2018, arXiv:1812.06162, equation 2.5.
+        """
+        over_best = np.asarray(lr_over_rule)[None, :] / np.exp(self.log_best_at(sizes))
+        return np.asarray(-np.log(np.maximum(over_best * (2 - over_best), LEAST_PROGRESS)))
+
+
+@dataclass(frozen=True)
 class CurveDraws:
     """Draws of the curve: one row a draw."""
 
@@ -87,8 +115,8 @@ class CurveDraws:
     log_failing: FloatArray
     level_normal: FloatArray
     """Standard normal, one a draw, from which the level E_min is drawn once probes tell it."""
-    log_best_rate: FloatArray | None = None
-    """Log of the best learning rate over the rule's, one a draw and the same at every size; none: the rule's rate is the best."""
+    rates: RateDraws | None = None
+    """Draws of the best learning rate; none: the rule's rate is the best."""
 
     def log_samples(self, sizes: FloatArray) -> FloatArray:
         """Log E(b) - log E_min of each draw, shape (draws, sizes)."""
@@ -113,18 +141,9 @@ class CurveDraws:
         """Whether no run reaches the target, shape (draws, sizes)."""
         return np.asarray(np.log(np.asarray(sizes, dtype=np.float64))[None, :] > self.log_failing[:, None])
 
-    def log_rate_cost(self, lr_over_rule: FloatArray) -> FloatArray:
-        """Log of the samples that learning rates cost over the best rate, shape (draws, rates).
-
-        On a quadratic loss a step of x times the best rate makes 2 x - x**2 of the best progress, and none from x = 2 on.
-
-        Source:
-            McCandlish et al. 2018, arXiv:1812.06162, equation 2.5.
-        """
-        if self.log_best_rate is None:
-            return np.zeros((len(self.log_critical), len(lr_over_rule)))
-        over_best = np.asarray(lr_over_rule)[None, :] / np.exp(self.log_best_rate)[:, None]
-        return np.asarray(-np.log(np.maximum(over_best * (2 - over_best), _LEAST_PROGRESS)))
+    def log_rate_cost(self, sizes: FloatArray, lr_over_rule: FloatArray) -> FloatArray:
+        """Log of the samples that a learning rate at each size costs over the best rate, shape (draws, sizes)."""
+        return np.zeros((len(self.log_critical), len(sizes))) if self.rates is None else self.rates.log_cost(sizes, lr_over_rule)
 
     def rows(self, rows: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> "CurveDraws":
         """Some of the draws, in this order."""
@@ -138,7 +157,7 @@ class CurveDraws:
             run_log_sd=self.run_log_sd[rows],
             log_failing=self.log_failing[rows],
             level_normal=self.level_normal[rows],
-            log_best_rate=None if self.log_best_rate is None else self.log_best_rate[rows],
+            rates=None if self.rates is None else replace(self.rates, log_best=self.rates.log_best[rows], slope=self.rates.slope[rows]),
         )
 
     def _too_hot(self, log_sizes: FloatArray) -> FloatArray:
@@ -215,7 +234,7 @@ def weigh(draws: CurveDraws, probes: Sequence[TrainingProbe]) -> CurvePosterior:
         errors = np.array([probe.log_error for probe in reached])
         precision = 1 / (draws.spread(sizes) ** 2 + errors**2)
         rates = np.array([probe.lr_over_rule for probe in reached])
-        residual = np.log([probe.samples for probe in reached])[None, :] - draws.log_samples(sizes) - draws.log_rate_cost(rates)
+        residual = np.log([probe.samples for probe in reached])[None, :] - draws.log_samples(sizes) - draws.log_rate_cost(sizes, rates)
         total = precision.sum(axis=1)
         mean = (precision * residual).sum(axis=1) / total
         log_weight -= 0.5 * (precision * (residual - mean[:, None]) ** 2).sum(axis=1)
@@ -235,7 +254,7 @@ def log_probability_above(
     from scipy.special import log_ndtr
 
     at = np.array([size], dtype=np.float64)
-    expected = level + draws.log_samples(at)[:, 0] + draws.log_rate_cost(np.array([lr_over_rule]))[:, 0]
+    expected = level + draws.log_samples(at)[:, 0] + draws.log_rate_cost(at, np.array([lr_over_rule]))[:, 0]
     standard = (expected - log_samples) / np.hypot(draws.spread(at)[:, 0], log_error)
     return np.where(draws.fails(at)[:, 0], 0.0, log_ndtr(standard))
 
@@ -251,7 +270,7 @@ def _log_likelihood_without_target(draws: CurveDraws, probe: TrainingProbe, leve
             lr_over_rule=probe.lr_over_rule,
         )
     if probe.outcome is ProbeOutcome.FAILED:
-        fails = draws.fails(np.array([probe.global_batch_size], dtype=np.float64))[:, 0]
-        fails = fails | (draws.log_rate_cost(np.array([probe.lr_over_rule]))[:, 0] >= -math.log(_LEAST_PROGRESS))
+        size, rate = np.array([probe.global_batch_size], dtype=np.float64), np.array([probe.lr_over_rule])
+        fails = draws.fails(size)[:, 0] | (draws.log_rate_cost(size, rate)[:, 0] >= -math.log(LEAST_PROGRESS))
         return np.where(fails, 0.0, math.log(_UNLUCKY))
     return np.zeros_like(level)

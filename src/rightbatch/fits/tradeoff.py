@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 
 from rightbatch.errors import UsageError
+from rightbatch.fits.branch_rate import log_rate_loss
 from rightbatch.fits.critical_batch import curves_of, is_ruled_out
 from rightbatch.fits.intervals import BoolArray, FloatArray, log_standard_error, normal_draws
 from rightbatch.fits.samples_curve import CurveDraws
@@ -96,7 +97,8 @@ class CostDraws:
         """Steps to the target over the least possible, E(b) / E_min B_crit / b; all ones without curves."""
         if self.curves is None or self.critical_batch_size is None:
             return np.ones((len(self.compute_time_s), len(sizes)))
-        return np.asarray(np.exp(self.curves.log_samples(sizes)) * self.critical_batch_size[:, None] / sizes[None, :])
+        log_samples = self.curves.log_samples(sizes) + log_rate_loss(self.curves, sizes)
+        return np.asarray(np.exp(log_samples) * self.critical_batch_size[:, None] / sizes[None, :])
 
     def times_critical(self, factor: float) -> "CostDraws":
         """The same draws with another critical batch size."""

@@ -220,11 +220,11 @@ def _stateful(trainee: Trainee) -> dict[str, _Stateful]:
 
 
 class _MeanWeights:
-    """The mean of a model's weights and floating-point buffers along its way, in the memory of the host."""
+    """The mean of a model's weights, and of its buffers that are no integers, along its way, in the memory of the host."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
-        self._sums = [torch.zeros_like(tensor, dtype=torch.float64, device="cpu") for tensor in self._tensors]
+        self._tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point() or tensor.is_complex()]
+        self._sums = [torch.zeros_like(tensor, dtype=_widest(tensor.dtype), device="cpu") for tensor in self._tensors]
         self._count = 0
         self.samples = 0
 
@@ -250,6 +250,10 @@ class _MeanWeights:
     def _set(self, values: Sequence[Tensor]) -> None:
         for tensor, value in zip(self._tensors, values, strict=True):
             tensor.copy_(value)
+
+
+def _widest(dtype: torch.dtype) -> torch.dtype:
+    return torch.complex128 if dtype.is_complex else torch.float64
 
 
 class _HeldOut:

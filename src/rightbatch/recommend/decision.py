@@ -7,7 +7,7 @@ import numpy as np
 
 from rightbatch.fits.branch_rate import best_rate
 from rightbatch.fits.devices import fit_devices
-from rightbatch.fits.lr_scaling import couple_lr, saturation_size
+from rightbatch.fits.lr_scaling import couple_lr, known_noise_scale
 from rightbatch.fits.swept import with_swept_rate
 from rightbatch.fits.tradeoff import CostDraws, relative_to_best, summarise
 from rightbatch.recommend.advice import Context, advise
@@ -178,12 +178,12 @@ def _plan(request: _Request, draws: CostDraws, chosen: int) -> tuple[BatchPlan, 
     snapshots = () if request.noise_scale is None else request.noise_scale.snapshots
     lr = couple_lr(
         workload,
-        saturation_size(request.noise_scale),
+        known_noise_scale(request.noise_scale),
         candidate.global_batch_size,
         micro_batch_size=candidate.micro_batch_size,
         snapshot=snapshots[-1] if snapshots else None,
     )
-    over_rule = best_rate(draws.curves, request.branches) if request.swept is None else None
+    over_rule = best_rate(draws.curves, candidate.global_batch_size) if request.swept is None else None
     lr = lr.model_copy(update={"over_rule": over_rule})
     coupled = lr.base_lr * lr.factor if lr.base_lr is not None and lr.base_batch_size is not None else None
     if coupled is not None and over_rule is not None and over_rule.value is not None:

@@ -57,13 +57,14 @@ class Candidates:
     @cached_property
     def log_samples(self) -> FloatArray:
         """Log E / E_min of each draw at each candidate."""
-        return self.curves.log_samples(self.sizes) + self.curves.log_rate_cost(self._rates)
+        return self.curves.log_samples(self.sizes) + self.curves.log_rate_cost(self.sizes, self._rates)
 
     @cached_property
     def costs(self) -> FloatArray:
         """Mean time to the target over that of each draw's best size, shape (draws, sizes), at most ``LARGEST_COST``."""
         curves = self.run or self.curves
-        log_cost = curves.log_samples(self.sizes) + curves.log_rate_cost(self._rates) + curves.log_straggling(self.sizes) + self.log_time
+        log_samples = curves.log_samples(self.sizes) + curves.log_rate_cost(self.sizes, self._rates)
+        log_cost = log_samples + curves.log_straggling(self.sizes) + self.log_time
         log_cost = np.where(curves.fails(self.sizes), math.inf, log_cost)
         best = log_cost.min(axis=1, keepdims=True)
         relative = np.where(np.isfinite(best), log_cost - np.where(np.isfinite(best), best, 0.0), math.log(LARGEST_COST))

@@ -11,7 +11,7 @@ from rightbatch.fits.critical_batch import (
     GROWTH_WITH_PILOT_MEDIAN,
     GROWTH_WITHOUT_PILOT_MEDIAN,
 )
-from rightbatch.fits.lr_scaling import saturation_size
+from rightbatch.fits.lr_scaling import known_noise_scale
 from rightbatch.fits.noise_course import draw_noise_course
 from rightbatch.fits.schedule_text import FORMS, parse_schedule
 from rightbatch.fits.tradeoff import LARGEST_SHARE_OF_DATASET, N_DRAWS
@@ -58,7 +58,7 @@ def coupling_of(findings: Findings) -> SizeCoupling:
     return SizeCoupling(
         base_batch_size=_plan(findings).global_batch_size,
         optimizer=findings.workload.optimizer,
-        noise_scale_samples=saturation_size(findings.noise_scale),
+        noise_scale_samples=known_noise_scale(findings.noise_scale),
     )
 
 
@@ -137,7 +137,7 @@ def _half_saturation(findings: Findings) -> float:
 
 
 def _noise(findings: Findings) -> float:
-    noise = saturation_size(findings.noise_scale)
+    noise = known_noise_scale(findings.noise_scale)
     if noise is None:
         raise _without_noise()
     return noise

@@ -5,7 +5,7 @@ import json
 import math
 
 from rightbatch.errors import UsageError
-from rightbatch.fits.lr_scaling import couple_lr, saturation_size
+from rightbatch.fits.lr_scaling import couple_lr, known_noise_scale
 from rightbatch.records.measurements import WorkloadSummary
 from rightbatch.records.plan import BatchPlan, Findings
 from rightbatch.records.sweep import SweepSettings
@@ -41,7 +41,7 @@ def settings_of(request: SweepRequest, workload: WorkloadSummary, findings: Find
         raise UsageError(
             f"a batch cannot exceed the training set of {workload.train_size} samples; got {max(sizes)}; leave it out of --batches."
         )
-    noise = None if findings is None else saturation_size(findings.noise_scale)
+    noise = None if findings is None else known_noise_scale(findings.noise_scale)
     base_size = workload.lr_batch_size or _middle(workload, plan)
     first_size = min(sizes, key=lambda size: (abs(math.log(size / base_size)), size))
     factor = scaling_rule(workload, noise)(base_size, first_size) if workload.lr_batch_size is not None else 1.0

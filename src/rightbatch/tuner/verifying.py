@@ -10,7 +10,7 @@ from rightbatch.engine.rig import STAND_IN_LR
 from rightbatch.fits import branch as branch_fit
 from rightbatch.fits.critical_batch import branch_curves, critical_belief
 from rightbatch.fits.lr_range import with_tested_rate
-from rightbatch.fits.lr_scaling import couple_lr, saturation_size
+from rightbatch.fits.lr_scaling import couple_lr, known_noise_scale
 from rightbatch.fits.tradeoff import N_DRAWS
 from rightbatch.recommend.probing import Candidates, choose_probed, next_probe, setting_of
 from rightbatch.records.plan import Findings
@@ -131,7 +131,7 @@ def plan_verification(findings: Findings, budget_s: float, *, rng_seed: int = 0)
         BranchPlan(
             micro_batch_size=point.micro_batch_size,
             accumulation_steps=point.accumulation_steps,
-            lr_factor=rate * tested_over_own * couple_lr(base, saturation_size(noise), point.global_batch_size).factor,
+            lr_factor=rate * tested_over_own * couple_lr(base, known_noise_scale(noise), point.global_batch_size).factor,
             lr_over_rule=rate,
             most_samples=max(int(time_s / pace_s[point.global_batch_size]), FEWEST_STEPS * point.global_batch_size),
         )

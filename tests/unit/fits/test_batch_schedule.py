@@ -113,7 +113,7 @@ def test_sgd_keeps_weight_decay_and_layerwise_optimizers_keep_betas():
     lamb = coupled_setting(SizeCoupling(base_batch_size=64, optimizer="LAMB", noise_scale_samples=300.0), 256)
 
     assert sgd.weight_decay_factor == 1.0
-    assert sgd.lr_factor == pytest.approx(saturating_gain(300.0, 64, 256))
+    assert sgd.lr_factor == pytest.approx(saturating_gain(600.0, 64, 256))
     assert lamb.beta_power == 1.0
 
 

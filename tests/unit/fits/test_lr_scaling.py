@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oracles.oracle_curves import noise, workload
-from rightbatch.fits.lr_scaling import couple_lr, saturating_gain, saturation_size, surge_gain
+from rightbatch.fits.lr_scaling import couple_lr, known_noise_scale, saturating_gain, surge_gain
 from rightbatch.records.estimates import Status
 
 
@@ -11,19 +11,19 @@ def test_sgd_is_linear_far_below_the_noise_scale():
     assert couple_lr(workload(), 1e9, 512).factor == pytest.approx(4.0, rel=1e-5)
 
 
-def test_sgd_saturates_far_above_the_noise_scale():
+def test_sgd_saturates_far_above_twice_the_noise_scale():
     coupling = couple_lr(workload(), 64.0, 10**9)
 
     assert coupling.rule == "saturating linear"
-    assert coupling.factor == pytest.approx(1 + 64 / 128, rel=1e-5)
+    assert coupling.factor == pytest.approx(1 + 2 * 64 / 128, rel=1e-5)
     assert (coupling.base_lr, coupling.base_batch_size) == (0.1, 128)
 
 
-def test_sgd_factor_is_the_ratio_of_adascale_gains():
+def test_sgd_factor_is_the_ratio_of_adascale_gains_at_twice_the_noise():
     trace, sq_norm = 600.0, 2.0
 
     def gain(size):
-        return (trace + sq_norm) / (trace / size + sq_norm)
+        return (2 * trace + sq_norm) / (2 * trace / size + sq_norm)
 
     assert couple_lr(workload(), trace / sq_norm, 1000).factor == pytest.approx(gain(1000) / gain(128))
 
@@ -110,8 +110,8 @@ def test_the_tuned_size_itself_needs_no_companions():
 
 
 def test_rates_saturate_at_the_measured_noise_scale_or_its_lower_bound():
-    assert saturation_size(noise(80.0)) == 80.0
-    assert saturation_size(noise(80.0, factor=2.0, status=Status.AT_LEAST)) == 40.0
-    assert saturation_size(noise(status=Status.INDETERMINATE)) is None
-    assert saturation_size(None) is None
-    assert saturation_size(noise(80.0).model_copy(update={"value": 0.0, "low": 0.0, "high": 0.0})) is None
+    assert known_noise_scale(noise(80.0)) == 80.0
+    assert known_noise_scale(noise(80.0, factor=2.0, status=Status.AT_LEAST)) == 40.0
+    assert known_noise_scale(noise(status=Status.INDETERMINATE)) is None
+    assert known_noise_scale(None) is None
+    assert known_noise_scale(noise(80.0).model_copy(update={"value": 0.0, "low": 0.0, "high": 0.0})) is None

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from oracles import oracle_samples
-from rightbatch.fits.samples_curve import PRIORS, draw_curves, log_probability_above, weigh
+from rightbatch.fits.samples_curve import PRIORS, RateDraws, draw_curves, log_probability_above, weigh
 from rightbatch.records.training import ProbeOutcome, TrainingProbe
 
 SIZES = (16, 64, 256, 1024)
@@ -52,7 +52,8 @@ def test_weights_equal_the_likelihood_with_the_level_integrated_out():
 
 
 def with_rates(draws, *, log_sd=0.5):
-    return replace(draws, log_best_rate=log_sd * np.random.default_rng(7).standard_normal(len(draws.log_critical)))
+    best, slope = np.random.default_rng(7).standard_normal((2, len(draws.log_critical)))
+    return replace(draws, rates=RateDraws(log_sd * best, 0.2 * slope, 64))
 
 
 def test_rates_count_in_the_likelihood():
@@ -66,23 +67,29 @@ def test_rates_count_in_the_likelihood():
 
 
 def test_the_best_rate_costs_nothing_and_twice_as_much_makes_next_to_no_progress():
-    draws = replace(curves(n_draws=2), log_best_rate=np.log([1.0, 2.0]))
+    draws = replace(curves(n_draws=2), rates=RateDraws(np.log([1.0, 2.0]), np.zeros(2), 64))
 
-    cost = draws.log_rate_cost(np.array([1.0, 2.0, 4.0]))
+    cost = draws.log_rate_cost(np.full(3, 64.0), np.array([1.0, 2.0, 4.0]))
 
     assert cost[0] == pytest.approx([0.0, math.log(10), math.log(10)])
     assert cost[1] == pytest.approx([math.log(4 / 3), 0.0, math.log(10)])
 
 
+def test_the_best_rate_may_grow_with_the_size():
+    rates = RateDraws(np.array([0.0]), np.array([0.5]), 64)
+
+    assert rates.log_best_at(np.array([16.0, 64.0, 256.0]))[0] == pytest.approx([-math.log(2), 0.0, math.log(2)])
+
+
 def test_without_rates_every_rate_is_the_best():
-    assert not curves(n_draws=3).log_rate_cost(np.array([0.5, 2.0])).any()
+    assert not curves(n_draws=3).log_rate_cost(np.full(2, 64.0), np.array([0.5, 2.0])).any()
 
 
 def test_a_rate_that_needed_fewer_samples_moves_the_best_rate_towards_it():
     draws = with_rates(curves(n_draws=4096))
     probes = (reached(64, 1000.0), reached(64, 800.0).model_copy(update={"lr_over_rule": 1.41}))
 
-    assert float(weigh(draws, probes).weights @ draws.log_best_rate) > 0.15
+    assert float(weigh(draws, probes).weights @ draws.rates.log_best) > 0.15
 
 
 def test_a_rate_that_failed_says_less_of_its_size():

@@ -125,6 +125,18 @@ def test_a_branch_remembers_its_rate_over_the_rules():
     assert measured.probes[0].result.lr == pytest.approx(1.4 * measure(plan()).probes[0].result.lr)
 
 
+def test_complex_weights_are_averaged_too():
+    model = nn.Linear(1, 1, bias=False, dtype=torch.complex64)
+    mean = branch._MeanWeights(model)
+    for value in (1 + 2j, 3 - 4j):
+        nn.init.constant_(model.weight, value)
+        mean.take(1)
+
+    with mean.in_place():
+        assert model.weight.item() == 2 - 1j
+    assert model.weight.item() == 3 - 4j
+
+
 def test_gradient_noise_is_measured_at_the_checkpoint_and_changes_no_branch(monkeypatch):
     measured = measure(plan())
     monkeypatch.setattr(branch, "snapshot", lambda *arguments: (None, NoiseProblem.DATASET_TOO_SMALL))

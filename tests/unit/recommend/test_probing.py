@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from rightbatch.fits.samples_curve import PRIORS, draw_curves, weigh
+from rightbatch.fits.samples_curve import PRIORS, RateDraws, draw_curves, weigh
 from rightbatch.recommend.probing import LARGEST_COST, Candidates, choose_probed, first_probes, next_probe
 from rightbatch.records.training import ProbeOutcome, TrainingProbe
 
@@ -144,7 +144,7 @@ def test_no_size_counts_as_more_than_four_times_the_best():
 def with_rates(*, log_sd):
     """One size at three rates, of which the best is unknown."""
     draws = draw_curves(SURE, middle=128, rng=np.random.default_rng(0), n_draws=2048)
-    draws = replace(draws, log_best_rate=log_sd * np.random.default_rng(1).standard_normal(2048))
+    draws = replace(draws, rates=RateDraws(log_sd * np.random.default_rng(1).standard_normal(2048), np.zeros(2048), 64))
     rates = np.array([0.5, 1.0, 2.0])
     return Candidates(sizes=np.full(3, 64.0), log_time=np.zeros((1, 3)), curves=draws, lr_over_rule=rates, run=draws)
 

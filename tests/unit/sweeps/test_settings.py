@@ -75,7 +75,7 @@ def test_many_slots_are_filled_by_climbing_all_sizes_at_once():
 
 
 def test_the_rule_is_that_of_the_optimizer():
-    assert scaling_rule(summary(), 100.0)(50, 100) == pytest.approx((1 + 100 / 50) / (1 + 100 / 100))
+    assert scaling_rule(summary(), 100.0)(50, 100) == pytest.approx((1 + 200 / 50) / (1 + 200 / 100))
     assert scaling_rule(summary(optimizer="Adam"), None)(50, 200) == pytest.approx(2.0)
 
 

@@ -143,7 +143,8 @@ def test_a_size_that_fails_and_all_beyond_it_are_not_chosen_any_more():
     measured = carry_out(plan, 5000.0, fails_from=first + 1)
     after = findings(scale=3000.0, branches=measured)
 
-    failed = [p.result.global_batch_size for p in measured.probes if p.result.outcome is ProbeOutcome.FAILED]
+    results = [probe.result for probe in measured.probes if probe.result.lr_over_rule <= 1]
+    failed = [result.global_batch_size for result in results if result.outcome is ProbeOutcome.FAILED]
     assert failed
     assert max(after.recommendation.equivalent_batch_sizes) < min(failed)
     assert max(point.global_batch_size for point in after.tradeoff.points) >= min(failed)  # still shown, and what it would cost
