@@ -8,13 +8,11 @@ mean over ten losses, and the same of whole trainings. Mean and standard deviati
 the sweep do.
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from statistics import mean, stdev
 
 import torch
@@ -128,13 +126,8 @@ def show(question: Question) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", help="CIFAR-10 in one of the forms of examples/cifar10.py; without it that workload is left out")
-    parser.add_argument("--only", nargs="+", help="names of workloads")
-    parser.add_argument("--truth", type=Path, help="cache of trainings, completed where something is missing")
-    options = parser.parse_args(namespace=argparse.Namespace(workloads=None))
     torch.set_num_threads(1)
-    asked = live_regret.questions(options)
+    asked = live_regret.questions(live_regret.parser_of(__doc__).parse_args())
     for question in asked:
         show(question)
     place = environment(asked[0].trainer.rig(), "in-process")

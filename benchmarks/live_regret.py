@@ -168,12 +168,19 @@ def questions(options: argparse.Namespace) -> list[Question]:
     return [Question(name, workload, module, truth_path) for name, workload in chosen.items()]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workloads", type=Path, help="file of functions that return workloads; the built-in three by default")
+def parser_of(description: str) -> argparse.ArgumentParser:
+    """Return the options that say which of the built-in workloads are asked for, and where their trainings are kept."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--data", help="CIFAR-10 in one of the forms of examples/cifar10.py; without it that workload is left out")
     parser.add_argument("--only", nargs="+", help="names of workloads")
     parser.add_argument("--truth", type=Path, help="cache of trainings, completed where something is missing")
+    parser.set_defaults(workloads=None)
+    return parser
+
+
+def main() -> int:
+    parser = parser_of(__doc__)
+    parser.add_argument("--workloads", type=Path, help="file of functions that return workloads; the built-in three by default")
     parser.add_argument("--sweep-only", action="store_true", help="complete the truth and stop")
     parser.add_argument("--noise", action="store_true", help="measure the noise scale along whole runs too")
     parser.add_argument("--elsewhere", action="store_true", help="ask find too with the rates of the smallest and the largest size")

@@ -8,14 +8,12 @@ half a doubling apart around the sweep's, eight seeds each. The best rate of eve
 size's own best rate, in the mean over all pairs. Outside the rates that were trained, the nearest of them counts.
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import permutations
-from pathlib import Path
 from statistics import mean, median
 
 import numpy as np
@@ -90,13 +88,8 @@ def measured_noise(question: Question) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", help="CIFAR-10 in one of the forms of examples/cifar10.py; without it that workload is left out")
-    parser.add_argument("--only", nargs="+", help="names of workloads")
-    parser.add_argument("--truth", type=Path, help="cache of trainings, completed where something is missing")
-    options = parser.parse_args(namespace=argparse.Namespace(workloads=None))
     torch.set_num_threads(1)
-    asked = live_regret.questions(options)
+    asked = live_regret.questions(live_regret.parser_of(__doc__).parse_args())
     rates = {question.name: trained(question) for question in asked}
     noise = {question.name: measured_noise(question) for question in asked}
     for name, by_size in rates.items():
