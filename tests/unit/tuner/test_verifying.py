@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from oracles.oracle_curves import ENVIRONMENT, law_s, timed, workload
+from rightbatch.fits.branch import CHANCE_LOG_ERROR
 from rightbatch.fits.critical_batch import GROWTH_WITH_PILOT_MEDIAN
 from rightbatch.fits.step_time import fit_step_time
 from rightbatch.fits.tradeoff import draw_costs, fit_tradeoff
@@ -104,6 +105,25 @@ def test_training_moves_the_rate_towards_the_planted_best_one(best_rate):
     assert over_rule.value == pytest.approx(best_rate, rel=0.15)
     assert over_rule.low < best_rate < over_rule.high
     assert after.plan.lr == pytest.approx(after.lr.base_lr * after.lr.factor * over_rule.value)
+
+
+def test_a_size_far_from_those_trained_is_charged_for_what_its_rate_may_be_off():
+    measured = carry_out(plan_verification(findings(), 60.0), 400.0)
+    given = {"loader": None, "noise_scale": noise(100.0), "memory": None, "workload": workload(), "constraints": Constraints()}
+    timings = fit_step_time(timed({b: law_s(b, FIXED_S, RATE) for b in SIZES}))
+    draws = draw_costs(step_time=timings, **given, branches=measured, rng=np.random.default_rng(0))
+    sizes = np.array([measured.probes[0].result.global_batch_size, 16 * measured.probes[0].result.global_batch_size], dtype=np.float64)
+
+    charged = draws.steps(sizes) * sizes / draws.critical_batch_size[:, None] / np.exp(draws.curves.log_samples(sizes))
+
+    near, far = charged.mean(axis=0)
+    assert 1 <= near < far - 0.02
+
+
+def test_no_branch_is_taken_for_more_exact_than_chance_allows():
+    measured = carry_out(plan_verification(findings(), 60.0), 400.0)
+
+    assert min(probe.result.log_error for probe in measured.probes[1:]) >= CHANCE_LOG_ERROR
 
 
 def test_a_workload_without_a_rate_is_checked_at_the_rule_alone():
