@@ -5,22 +5,23 @@ Run: python benchmarks/live_regret.py [--data cifar10_jpeg.npz] [--workloads FIL
 Three small CNNs (CIFAR-10 only with --data; the trainings that are kept saw its JPEG form), or every public function of FILE.py that
 returns a ``rightbatch.Workload`` with ``valid``, ``metric``, ``optimizer`` and ``lr_batch_size`` when called without arguments. The file
 names what to reach: ``TARGETS = {"function": "accuracy>=0.9"}`` (the word before >= is only a name), and may hold ``SIZES`` and ``SEEDS``.
-Only trainings that the truth file lacks are made. Samples to the target do not depend on how busy the machine is; seconds are samples times
-the median processor seconds a sample of interleaved rounds over all sizes. `find` is asked five times, each with another seed; on a machine
-that others use, it gets a budget that is longer by what they take. What is compared is trained with twelve seeds that no rate of the sweep
-was chosen by. One thread, on the CPU. Exit code 1: a goal does not hold.
+Only trainings that the truth file lacks are made. Samples to the target do not depend on how busy the machine is; seconds are samples
+times the median processor seconds a sample of interleaved rounds over all sizes, before, between and after the answers of `find`. It is
+asked five times, each with another seed; on a machine that others use, it gets a budget that is longer by what they take. What is compared
+is trained with twelve seeds that no rate of the sweep was chosen by. One thread, on the CPU. Exit code 1: a goal does not hold.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from statistics import mean
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +52,9 @@ SCORED_SEEDS = range(100, 112)
 ASKS = 5
 """How often `find` is asked, each time with another seed: one answer is a matter of chance."""
 TIMING_S = 10.0
-"""Processor seconds of the rounds that count."""
+"""Processor seconds of the rounds at the end, which have every size."""
+BETWEEN_S = 3.0
+"""Processor seconds of rounds after every answer of `find`: answers and scores are of the same time."""
 
 
 class Question:
@@ -86,19 +89,18 @@ class Question:
         return tuned
 
     def ask(
-        self, tuned: Sequence[truths.Tuned], budget_s: float, slowdown: float, *, elsewhere: bool
+        self, tuned: Sequence[truths.Tuned], find: Callable[..., policies.Answer], *, elsewhere: bool
     ) -> tuple[list[Policy], Findings | None, tuple[str, ...]]:
         """Return what every policy would train with, what `find` found, and which policies are missing and why."""
         lr = self.trainer.base_lr
-        ask = partial(policies.find, budget_s=budget_s, slowdown=slowdown)
         answers = {
-            f"{scoring.VERIFY if verify else scoring.FIND}, seed {seed}": ask(self.workload, lr, verify=verify, seed=seed)
+            f"{scoring.VERIFY if verify else scoring.FIND}, seed {seed}": find(self.workload, lr, verify=verify, seed=seed)
             for verify in (False, True)
             for seed in range(ASKS)
         }
         findings = next(iter(answers.values()))[1]
         if elsewhere:
-            ends = policies.find_elsewhere(partial(ask, verify=False), self.workload, lr, tuned)
+            ends = policies.find_elsewhere(partial(find, verify=False), self.workload, lr, tuned)
             answers |= {f"find, rate from the {end} size": answer for end, answer in zip(("smallest", "largest"), ends, strict=True)}
         listed = [policy for policy, _, _ in answers.values() if policy is not None]
         listed += policies.others(findings, lr, self.train_size, max(self.sizes))
@@ -109,10 +111,17 @@ class Question:
         tuned = self.sweep()
         asked = self.truth.asked
         swept = {entry.size for entry in asked}
-        before = policies.time_sizes(self.trainer, swept, TIMING_S / 2)
-        budget_s = max(LEAST_BUDGET_S, BUDGET_SHARE * scoring.cost_s(asked, before.sample_s))
-        listed, findings, missing = self.ask(tuned, budget_s, before.slowdown, elsewhere=elsewhere)
-        timing = policies.time_sizes(self.trainer, swept | {policy.timed_size for policy in listed}, TIMING_S)
+        timings = [policies.time_sizes(self.trainer, swept, TIMING_S / 2)]
+        budget_s = max(LEAST_BUDGET_S, BUDGET_SHARE * scoring.cost_s(asked, timings[0].sample_s))
+
+        def find(*arguments: Any, **options: Any) -> policies.Answer:
+            answer = policies.find(*arguments, **options, budget_s=budget_s, slowdown=timings[0].slowdown)
+            timings.append(policies.time_sizes(self.trainer, swept, BETWEEN_S))
+            return answer
+
+        listed, findings, missing = self.ask(tuned, find, elsewhere=elsewhere)
+        timings.append(policies.time_sizes(self.trainer, swept | {policy.timed_size for policy in listed}, TIMING_S))
+        timing = policies.pooled(timings)
         sample_s, sweep_s = timing.sample_s, scoring.cost_s(asked, timing.sample_s)
         best = self._trained_again(scoring.best_of(tuned, sample_s), tuned)
         listed.insert(0, policies.reference(best, sweep_s))

@@ -4,6 +4,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import geometric_mean, median
 
 import torch
 
@@ -133,6 +134,22 @@ class ProcessorClock:
     def now_s(self) -> float:
         """Return seconds."""
         return time.process_time()
+
+
+def pooled(timings: Sequence[Timing]) -> Timing:
+    """Put rounds from different times together: which size is faster changes with what else the machine does.
+
+    Args:
+        timings: The last has all sizes; a size that earlier ones lack keeps its ratio to the others there.
+    """
+    common = sorted(set.intersection(*(set(timing.sample_s) for timing in timings)))
+    levels = [geometric_mean([timing.sample_s[size] for size in common]) for timing in timings]
+    sample_s = {
+        size: median(levels) * median([t.sample_s[size] / level for t, level in zip(timings, levels, strict=True) if size in t.sample_s])
+        for size in timings[-1].sample_s
+    }
+    reasons = tuple(dict.fromkeys(reason for timing in timings for reason in timing.reasons))
+    return Timing(sample_s=sample_s, slowdown=max(timing.slowdown for timing in timings), reasons=reasons)
 
 
 def time_sizes(trainer: Trainer, sizes: Iterable[int], budget_s: float) -> Timing:

@@ -5,12 +5,39 @@ import math
 import numpy as np
 
 from rightbatch.fits.intervals import FloatArray
+from rightbatch.fits.lr_scaling import couple_lr, known_noise_scale
 from rightbatch.fits.samples_curve import CurveDraws, RateDraws
-from rightbatch.records.estimates import Estimate
+from rightbatch.records.estimates import Estimate, NoiseScale
+from rightbatch.records.measurements import WorkloadSummary
+from rightbatch.records.training import BranchMeasurements, BranchProbe
 
 _RATES = 33
 _LARGEST_LOG_COST = math.log(4)
 """No rate counts as more than this many times the samples of the best: whoever trains with it notices."""
+
+
+def over_rule(branches: BranchMeasurements, workload: WorkloadSummary, noise: NoiseScale | None) -> BranchMeasurements:
+    """Return the branches with their rates over those of the rule at a noise scale.
+
+    They were planned by the noise known before the checkpoint; the noise measured there moves the rule, not what was trained.
+
+    Args:
+        branches: As measured.
+        workload: With the rate that the rule starts from; without one, or its size, the branches stay as they are.
+        noise: All that is known now.
+    """
+    base_lr = workload.lr
+    if base_lr is None or workload.lr_batch_size is None:
+        return branches
+
+    def expressed(probe: BranchProbe) -> BranchProbe:
+        result = probe.result
+        if result.lr is None:
+            return probe
+        rule = base_lr * couple_lr(workload, known_noise_scale(noise), result.global_batch_size).factor
+        return probe.model_copy(update={"result": result.model_copy(update={"lr_over_rule": float(f"{result.lr / rule:.6g}")})})
+
+    return branches.model_copy(update={"probes": tuple(expressed(probe) for probe in branches.probes)})
 
 
 def best_rate(curves: CurveDraws | None, size: int) -> Estimate | None:

@@ -24,8 +24,10 @@ AT_LEAST_LOG_SD = math.log(10)
 CHECKPOINT_LOG_SD = math.log(1.5)
 """Spread of the noise scale between the pilot's end and the checkpoint from which branches part: about as far, but not the same weights."""
 
+BEST_RATE_MEDIAN = 1.15
+"""The best learning rate over the rule's: what wins on a grid is rather too cold, since too hot costs more (docs/theory/branches.md)."""
 BEST_RATE_LOG_SD = math.log(1.5)
-"""Spread of the best learning rate over the rule's: rates are tuned on a grid of a factor of two or three, at another size."""
+"""Spread of that: rates are tuned on such a grid, at another size."""
 BEST_RATE_SLOPE_SD = 0.3
 """Spread of how that grows with the logarithm of the size."""
 
@@ -134,7 +136,8 @@ def branch_curves(belief: CriticalBelief, *, middle: float, rng: np.random.Gener
     """
     n_draws = len(belief.over_run)
     at_checkpoint = draw_curves(PRIORS["coupled"], middle=middle, rng=rng, n_draws=n_draws, critical=belief.at_checkpoint)
-    log_best, slope = BEST_RATE_LOG_SD * normal_draws(rng, n_draws), BEST_RATE_SLOPE_SD * normal_draws(rng, n_draws)
+    log_best = math.log(BEST_RATE_MEDIAN) + BEST_RATE_LOG_SD * normal_draws(rng, n_draws)
+    slope = BEST_RATE_SLOPE_SD * normal_draws(rng, n_draws)
     at_checkpoint = replace(at_checkpoint, rates=RateDraws(log_best, slope, middle))
     shift = np.log(belief.over_run) - at_checkpoint.log_critical
     return at_checkpoint, replace(

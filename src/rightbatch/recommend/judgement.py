@@ -3,6 +3,7 @@
 import numpy as np
 
 from rightbatch.fits.branch import fit_branches
+from rightbatch.fits.branch_rate import over_rule
 from rightbatch.fits.loader import fit_loader
 from rightbatch.fits.lr_range import fit_lr_range, with_tested_rate
 from rightbatch.fits.memory import fit_memory
@@ -48,6 +49,8 @@ def judge(
     later = measurements.branches.checkpoint_norms if measurements.branches is not None else None
     noise_scale = fit_noise_scale(measurements.gradient_noise, later) if measurements.gradient_noise is not None else None
     lr_range = fit_lr_range(measurements.lr_range) if measurements.lr_range is not None else None
+    with_rate = with_tested_rate(workload, lr_range)
+    branches = over_rule(measurements.branches, with_rate, noise_scale) if measurements.branches is not None else None
     draws = tradeoff = None
     if step_time is not None:
         draws = draw_costs(
@@ -58,7 +61,7 @@ def judge(
             workload=workload,
             constraints=constraints,
             rng=np.random.default_rng(rng_seed),
-            branches=measurements.branches,
+            branches=branches,
             swept=measurements.swept,
         )
         tradeoff = fit_tradeoff(draws, noise_scale=noise_scale, objective=objective, swept=measurements.swept)
@@ -67,12 +70,12 @@ def judge(
         loader=loader,
         noise_scale=noise_scale,
         memory=memory,
-        workload=with_tested_rate(workload, lr_range),
+        workload=with_rate,
         objective=objective,
         constraints=constraints,
         draws=draws,
         tradeoff=tradeoff,
-        branches=measurements.branches,
+        branches=branches,
         swept=measurements.swept,
     )
     return Findings(
@@ -85,7 +88,7 @@ def judge(
         loader=loader,
         noise_scale=noise_scale,
         tradeoff=tradeoff,
-        branches=None if measurements.branches is None else fit_branches(measurements.branches, tradeoff),
+        branches=None if branches is None else fit_branches(branches, tradeoff),
         lr_range=lr_range,
         swept=measurements.swept,
         reused_parts=reused_parts,

@@ -44,6 +44,8 @@ class Candidates:
     run: CurveDraws | None = None
     lr_over_rule: FloatArray | None = None
     """Learning rate of each candidate over the rule's for its size, shape (sizes,); none: 1."""
+    log_error: float = 0.0
+    """Standard error of the log samples that a probe comes to, beside the scatter between seeds."""
 
     @cached_property
     def settings(self) -> tuple["Setting", ...]:
@@ -183,7 +185,7 @@ class _Simulation:
         rows = rng.choice(len(posterior.weights), _PARTICLES, p=posterior.weights)
         curves = candidates.curves
         self._expected = posterior.log_level[rows, None] + candidates.log_samples[rows]
-        self._spread = curves.spread(candidates.sizes)[rows]
+        self._spread = np.hypot(curves.spread(candidates.sizes)[rows], candidates.log_error)
         self._fails = curves.fails(candidates.sizes)[rows]
         self._costs = candidates.costs[rows]
         self._log_time = np.median(candidates.log_time, axis=0)

@@ -152,6 +152,7 @@ def plan_verification(findings: Findings, budget_s: float, *, rng_seed: int = 0)
             curves=at_checkpoint,
             run=over_run,
             lr_over_rule=np.array([branch.lr_over_rule for branch in branches]),
+            log_error=branch_fit.CHANCE_LOG_ERROR,
         ),
         first=first,
         noise_micro_batch_size=noise.snapshots[-1].micro_batch_size if noise.snapshots else branches[first].micro_batch_size,

@@ -514,3 +514,19 @@ def test_a_target_is_required(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys.modules[__name__], "USERS_FILE", USERS_FILE.replace('{"halves": "accuracy>=0.9"}', "{}"))
     with pytest.raises(SystemExit, match="must say what to reach"):
         run_main(monkeypatch, capsys, tmp_path, "--truth", str(tmp_path / "truth.json"))
+
+
+def timing(slowdown=1.0, reasons=(), **sample_s):
+    return policies.Timing(sample_s={int(size[1:]): value for size, value in sample_s.items()}, slowdown=slowdown, reasons=reasons)
+
+
+def test_rounds_of_different_times_give_the_median_of_the_ratios_between_sizes():
+    quiet, slow = timing(b32=4.0, b64=2.0), timing(b32=40.0, b64=20.0, slowdown=3.0, reasons=("throttled",))
+    odd = timing(b32=4.0, b64=4.0, b100=2.0, reasons=("throttled",))
+
+    pooled = policies.pooled([quiet, slow, odd])
+
+    assert pooled.sample_s[32] / pooled.sample_s[64] == pytest.approx(2.0)
+    assert pooled.sample_s[32] * pooled.sample_s[64] == pytest.approx(16.0)  # the level is the median one
+    assert pooled.sample_s[100] == pytest.approx(2.0)
+    assert (pooled.slowdown, pooled.reasons) == (3.0, ("throttled",))

@@ -11,7 +11,7 @@ from rightbatch.recommend import judge, recommend
 from rightbatch.records.estimates import Status
 from rightbatch.records.measurements import GradientNoiseMeasurements, Measurements, MemoryLimit, MemoryMeasurements
 from rightbatch.records.plan import Binding, Constraints, Goal, Objective
-from rightbatch.records.training import BranchMeasurements, ProbeOutcome, SweepEvidence, TrainingProbe
+from rightbatch.records.training import BranchMeasurements, BranchProbe, ProbeOutcome, SweepEvidence, TrainingProbe
 from rightbatch.units import MIB
 
 SIZES = (16, 32, 64, 128, 256, 512, 1024)
@@ -312,6 +312,30 @@ def test_judge_takes_the_noise_at_a_later_checkpoint_into_the_runs():
 
     assert [snapshot.samples_seen for snapshot in after.snapshots] == [0, 2000, 20_000]
     assert after.value > 1.3 * before.value
+
+
+def test_plan_takes_no_rate_that_no_branch_trained_with_however_the_noise_moved_the_rule():
+    gradients = gaussian_gradients(np.random.default_rng(5), samples=480, noise_scale=1000.0, dimension=200)
+    later = norms_of(gradients, micro_batch_size=4, block_counts=(6,) * 20, samples_seen=20_000)
+    size, rates = _judge(_measurements()).recommendation.plan.global_batch_size, (0.02, 0.03, 0.04)
+
+    def probe(lr, over_rule):
+        result = TrainingProbe(global_batch_size=size, lr=lr, lr_over_rule=over_rule, outcome=ProbeOutcome.REACHED, samples=1000 / lr)
+        return BranchProbe(micro_batch_size=size, accumulation_steps=1, result=result, losses=((1000, 1.0),))
+
+    checked = BranchMeasurements(
+        checkpoint_samples=20_000,
+        checkpoint_batch_size=size,
+        evaluated_samples=512,
+        target_loss=1.0,
+        probes=tuple(probe(lr, over_rule) for lr, over_rule in zip(rates, (0.5, 1.0, 2.0), strict=True)),
+        checkpoint_norms=later,
+    )
+
+    plan = _judge(_measurements(branches=checked)).recommendation.plan
+
+    assert plan.global_batch_size == size
+    assert rates[0] <= plan.lr <= rates[-1] * (1 + 1e-6)
 
 
 def test_judge_of_one_part_alone_has_no_plan_or_the_knee():

@@ -159,6 +159,20 @@ def test_another_rate_is_trained_as_long_as_the_best_one_is_unknown():
     assert next_probe(with_rates(log_sd=1e-6), (first,), best_log_time=math.log(1000), without={(64, 1.0)}) is None
 
 
+def test_less_is_expected_of_a_probe_that_is_read_with_an_error():
+    exact = with_rates(log_sd=0.5)
+    rough, useless = (replace(exact, log_error=error) for error in (1.0, 10.0))
+
+    removed = [
+        proposal.regret_removed
+        for found in (exact, rough)
+        if (proposal := next_probe(found, (probe(64),), best_log_time=math.log(1000), without={(64, 1.0)}))
+    ]
+
+    assert removed[0] > 1.5 * removed[1] > 0
+    assert next_probe(useless, (probe(64),), best_log_time=math.log(1000), without={(64, 1.0)}) is None
+
+
 def test_the_rate_that_needed_fewest_samples_is_chosen_and_no_failed_one():
     found = with_rates(log_sd=0.5)
     hot, cold = (probe(64, samples).model_copy(update={"lr_over_rule": rate}) for samples, rate in ((700.0, 2.0), (2000.0, 0.5)))
