@@ -41,7 +41,7 @@ def over_rule(branches: BranchMeasurements, workload: WorkloadSummary, noise: No
 
 
 def best_rate(curves: CurveDraws | None, size: int) -> Estimate | None:
-    """Return the rate of least expected samples over the rule's at a size, between the smallest and the largest that trained.
+    """Return the rate of least expected samples over the rule's at a size, within those that trained and the limit.
 
     Args:
         curves: Draws that are weighed by the branches already.
@@ -68,5 +68,7 @@ def log_rate_loss(curves: CurveDraws, sizes: FloatArray) -> FloatArray:
 
 def _given(curves: CurveDraws, rates: RateDraws, size: FloatArray) -> float:
     tried = np.geomspace(min(rates.tried), max(rates.tried), _RATES)
+    if rates.limit is not None:
+        tried = np.minimum(tried, rates.limit.over_rule(size))
     log_cost = curves.log_rate_cost(np.repeat(size, _RATES), tried)
     return float(tried[np.exp(np.minimum(log_cost, _LARGEST_LOG_COST)).mean(axis=0).argmin()])

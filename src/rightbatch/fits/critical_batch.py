@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from rightbatch.fits.intervals import FloatArray, log_standard_error, normal_draws
+from rightbatch.fits.lr_scaling import RateLimit
 from rightbatch.fits.samples_curve import HYPERBOLA, PRIORS, CurveDraws, RateDraws, draw_curves, weigh
 from rightbatch.records.estimates import Estimate, NoiseScale, Status
 from rightbatch.records.training import BranchMeasurements, ProbeOutcome
@@ -103,7 +104,9 @@ def critical_batch_over_run(
     return np.asarray((weights * scaled).sum(axis=1) / (weights * sq_norm[None, :]).sum(axis=1))
 
 
-def curves_of(noise: NoiseScale, branches: BranchMeasurements | None, rng: np.random.Generator, n_draws: int) -> CurveDraws | None:
+def curves_of(
+    noise: NoiseScale, branches: BranchMeasurements | None, rng: np.random.Generator, n_draws: int, *, limit: RateLimit | None = None
+) -> CurveDraws | None:
     """Draws of the samples to the target over the whole run.
 
     Without branches, hyperbolas. With them, draws of curves of every shape, each at the checkpoint and over the run: the same calibration,
@@ -123,7 +126,7 @@ def curves_of(noise: NoiseScale, branches: BranchMeasurements | None, rng: np.ra
     weights = weigh(at_checkpoint, results).weights
     drawn = over_run.rows(rng.choice(n_draws, n_draws, p=weights))
     tried = {result.lr_over_rule for result in results if result.outcome is not ProbeOutcome.FAILED}
-    return replace(drawn, rates=None if drawn.rates is None else replace(drawn.rates, tried=tuple(sorted(tried))))
+    return replace(drawn, rates=None if drawn.rates is None else replace(drawn.rates, tried=tuple(sorted(tried)), limit=limit))
 
 
 def branch_curves(belief: CriticalBelief, *, middle: float, rng: np.random.Generator) -> tuple[CurveDraws, CurveDraws]:

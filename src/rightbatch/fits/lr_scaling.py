@@ -1,8 +1,12 @@
 """Learning rate: how it follows the batch size, by the optimizer's family."""
 
 import math
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+import numpy as np
+
+from rightbatch.fits.intervals import FloatArray
 from rightbatch.fits.lr_company import company, is_layerwise
 from rightbatch.records.estimates import NoiseScale, NoiseSnapshot, Status
 from rightbatch.records.measurements import WorkloadSummary
@@ -13,10 +17,46 @@ LrRule: TypeAlias = Literal["saturating linear", "square root", "saturating powe
 
 SATURATION = 2.0
 """Size beyond which tuned rates of SGD stop growing, over the noise scale along a pilot (docs/decisions/023-rates-in-the-check.md)."""
+HOTTEST = 2.0
+"""Most that the check may raise rate over size above the user's own (docs/decisions/024-how-hot-the-check-may-go.md)."""
 SGD_FAMILY = frozenset({"SGD", "ASGD"})
 ADAPTIVE_FAMILY = frozenset({"Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "RMSprop"})
 _POWERS = {"LARS": (0.39, 0.30), "LAMB": (0.70, 0.56)}
 """Powers of the saturating gain, and of kappa alone, that tuned MLPerf runs followed: ResNet with LARS, BERT with LAMB (theory page)."""
+
+
+@dataclass(frozen=True)
+class RateLimit:
+    """How far training may raise the rate of a size above the rule's: rate over size stays below ``HOTTEST`` times that of the tuned rate.
+
+    Noise about the way of stochastic gradient descent goes with rate over size, and in the end keeps the loss above a target. A short
+    branch does not see that end.
+
+    Source:
+        Smith and Le 2018, arXiv:1710.06451, for the noise; docs/theory/branches.md.
+    """
+
+    base_size: float
+    """At which the rate was tuned, in samples."""
+    saturation: float
+    """Size beyond which the rule's rates stop growing, in samples."""
+
+    def over_rule(self, sizes: FloatArray) -> FloatArray:
+        """The largest rate over the rule's at each size; the rule's own always is allowed."""
+        linear_over_rule = (sizes + self.saturation) / (self.base_size + self.saturation)
+        return np.asarray(np.maximum(HOTTEST * linear_over_rule, 1.0))
+
+
+def rate_limit(workload: WorkloadSummary, noise_scale_samples: float | None) -> RateLimit | None:
+    """Return how far training may raise the rate above the rule's; none where that is not known, or the optimizer is none of SGD's family.
+
+    Args:
+        workload: Optimizer, and the batch size of its tuned rate.
+        noise_scale_samples: B in samples; none when it is not known.
+    """
+    if workload.optimizer not in SGD_FAMILY or workload.lr_batch_size is None or noise_scale_samples is None:
+        return None
+    return RateLimit(workload.lr_batch_size, SATURATION * noise_scale_samples)
 
 
 def known_noise_scale(noise: NoiseScale | None) -> float | None:

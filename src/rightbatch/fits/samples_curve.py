@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 
 from rightbatch.fits.intervals import BoolArray, FloatArray, normal_draws
+from rightbatch.fits.lr_scaling import RateLimit
 from rightbatch.records.training import ProbeOutcome, TrainingProbe
 
 LrRegime = Literal["tuned", "coupled", "fixed"]
@@ -83,6 +84,8 @@ class RateDraws:
     size: float
     tried: tuple[float, ...] = ()
     """Rates over the rule's that trained without failing, by which the draws are weighed; none before that."""
+    limit: RateLimit | None = None
+    """What no rate is raised above."""
 
     def log_best_at(self, sizes: FloatArray) -> FloatArray:
         """Log of the best rate over the rule's, shape (draws, sizes)."""

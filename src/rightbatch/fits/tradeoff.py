@@ -13,6 +13,7 @@ from rightbatch.errors import UsageError
 from rightbatch.fits.branch_rate import log_rate_loss
 from rightbatch.fits.critical_batch import curves_of, is_ruled_out
 from rightbatch.fits.intervals import BoolArray, FloatArray, log_standard_error, normal_draws
+from rightbatch.fits.lr_scaling import RateLimit, known_noise_scale, rate_limit
 from rightbatch.fits.samples_curve import CurveDraws
 from rightbatch.fits.step_time import StepTimeLaw
 from rightbatch.fits.swept import is_outside, swept_curves
@@ -173,7 +174,7 @@ def draw_costs(
         candidates=chosen,
         compute_time_s=compute,
         loader_samples_per_s=None if loader is None else _rate_draws(loader.samples_per_s, rng),
-        curves=_curves(noise_scale, branches, swept, rng),
+        curves=_curves(noise_scale, branches, swept, rng, rate_limit(workload, known_noise_scale(noise_scale))),
         energy_per_step_j=np.array([c.accumulation_steps * (energy or 0.0) for c, energy in zip(chosen, energies, strict=True)])
         if all(energies)
         else None,
@@ -192,12 +193,16 @@ def draw_costs(
 
 
 def _curves(
-    noise: NoiseScale | None, branches: BranchMeasurements | None, swept: SweepEvidence | None, rng: np.random.Generator
+    noise: NoiseScale | None,
+    branches: BranchMeasurements | None,
+    swept: SweepEvidence | None,
+    rng: np.random.Generator,
+    limit: RateLimit | None,
 ) -> CurveDraws | None:
     """From a sweep where there was one: it trained to the target; else from branches, which saw a part of the run, and the noise."""
     if swept is not None:
         return swept_curves(swept, rng, N_DRAWS)
-    return None if noise is None else curves_of(noise, branches, rng, N_DRAWS)
+    return None if noise is None else curves_of(noise, branches, rng, N_DRAWS, limit=limit)
 
 
 def candidates(

@@ -58,7 +58,7 @@ def judge(
             loader=loader,
             noise_scale=noise_scale,
             memory=memory,
-            workload=workload,
+            workload=with_rate,
             constraints=constraints,
             rng=np.random.default_rng(rng_seed),
             branches=branches,

@@ -59,18 +59,21 @@ class Candidates:
     @cached_property
     def log_samples(self) -> FloatArray:
         """Log E / E_min of each draw at each candidate."""
-        return self.curves.log_samples(self.sizes) + self.curves.log_rate_cost(self.sizes, self._rates)
+        return self._log_samples(self.curves)
 
     @cached_property
     def costs(self) -> FloatArray:
         """Mean time to the target over that of each draw's best size, shape (draws, sizes), at most ``LARGEST_COST``."""
         curves = self.run or self.curves
-        log_samples = curves.log_samples(self.sizes) + curves.log_rate_cost(self.sizes, self._rates)
-        log_cost = log_samples + curves.log_straggling(self.sizes) + self.log_time
+        log_cost = self._log_samples(curves) + curves.log_straggling(self.sizes) + self.log_time
         log_cost = np.where(curves.fails(self.sizes), math.inf, log_cost)
         best = log_cost.min(axis=1, keepdims=True)
         relative = np.where(np.isfinite(best), log_cost - np.where(np.isfinite(best), best, 0.0), math.log(LARGEST_COST))
         return np.asarray(np.exp(np.minimum(relative, math.log(LARGEST_COST))))
+
+    def _log_samples(self, curves: CurveDraws) -> FloatArray:
+        sizes, places = np.unique(self.sizes, return_inverse=True)  # each stands there with several rates
+        return curves.log_samples(sizes)[:, places] + curves.log_rate_cost(self.sizes, self._rates)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from rightbatch.engine.rig import STAND_IN_LR
 from rightbatch.fits import branch as branch_fit
 from rightbatch.fits.critical_batch import branch_curves, critical_belief
 from rightbatch.fits.lr_range import with_tested_rate
-from rightbatch.fits.lr_scaling import couple_lr, known_noise_scale
+from rightbatch.fits.lr_scaling import couple_lr, known_noise_scale, rate_limit
 from rightbatch.fits.tradeoff import N_DRAWS
 from rightbatch.recommend.probing import Candidates, choose_probed, next_probe, setting_of
 from rightbatch.records.plan import Findings
@@ -126,17 +126,20 @@ def plan_verification(findings: Findings, budget_s: float, *, rng_seed: int = 0)
     base = with_tested_rate(findings.workload, findings.lr_range)
     rates = RATES if base.lr is not None and base.lr_batch_size is not None else RATES[:1]  # without both the plan names no rate
     base = base.model_copy(update={"lr_batch_size": base.lr_batch_size or _STAND_IN_LR_BATCH})
+    noise_samples = known_noise_scale(noise)
+    limit = rate_limit(base, noise_samples)
     tested_over_own = (base.lr or STAND_IN_LR) / (findings.workload.lr or STAND_IN_LR)
     branches = tuple(
         BranchPlan(
             micro_batch_size=point.micro_batch_size,
             accumulation_steps=point.accumulation_steps,
-            lr_factor=rate * tested_over_own * couple_lr(base, known_noise_scale(noise), point.global_batch_size).factor,
+            lr_factor=rate * tested_over_own * couple_lr(base, noise_samples, point.global_batch_size).factor,
             lr_over_rule=rate,
             most_samples=max(int(time_s / pace_s[point.global_batch_size]), FEWEST_STEPS * point.global_batch_size),
         )
         for point in points
         for rate in rates
+        if limit is None or rate <= limit.over_rule(np.array([point.global_batch_size]))[0]
     )
     sizes = np.array([branch.global_batch_size for branch in branches], dtype=np.float64)
     at_checkpoint, over_run = branch_curves(belief, middle=plan.global_batch_size, rng=np.random.default_rng(rng_seed))

@@ -7,7 +7,7 @@ import pytest
 from oracles.oracle_curves import noise, workload
 from rightbatch.fits.branch_rate import best_rate, log_rate_loss, over_rule
 from rightbatch.fits.critical_batch import BEST_RATE_LOG_SD, BEST_RATE_MEDIAN
-from rightbatch.fits.lr_scaling import SATURATION, saturating_gain
+from rightbatch.fits.lr_scaling import SATURATION, RateLimit, saturating_gain
 from rightbatch.fits.samples_curve import PRIORS, RateDraws, draw_curves
 from rightbatch.records.training import BranchMeasurements, BranchProbe, ProbeOutcome, TrainingProbe
 
@@ -34,6 +34,16 @@ def test_the_rate_is_that_of_the_size():
 def test_no_rate_outside_those_that_trained_is_given():
     assert best_rate(curves(2.0, tried=(1.0, 1.5)), 64).value == pytest.approx(1.5)
     assert best_rate(curves(0.3, tried=(1.0, 1.5)), 64).value == pytest.approx(1.0)
+
+
+def test_no_rate_is_raised_above_the_limit_of_its_size():
+    hot = curves(2.0, tried=(1.0, 2.0), log_sd=0.01)
+    limited = replace(hot, rates=replace(hot.rates, limit=RateLimit(base_size=64, saturation=64)))
+
+    assert best_rate(hot, 32).value == pytest.approx(2.0, rel=0.03)
+    assert best_rate(limited, 32).value == pytest.approx(1.5)
+    assert best_rate(limited, 64).value == pytest.approx(2.0, rel=0.03)
+    assert log_rate_loss(limited, np.array([32.0])).mean() > log_rate_loss(hot, np.array([32.0])).mean() + 0.03
 
 
 def test_one_rate_says_nothing():

@@ -1,9 +1,10 @@
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from oracles.oracle_curves import noise, workload
-from rightbatch.fits.lr_scaling import couple_lr, known_noise_scale, saturating_gain, surge_gain
+from rightbatch.fits.lr_scaling import HOTTEST, couple_lr, known_noise_scale, rate_factor, rate_limit, saturating_gain, surge_gain
 from rightbatch.records.estimates import Status
 
 
@@ -115,3 +116,25 @@ def test_rates_saturate_at_the_measured_noise_scale_or_its_lower_bound():
     assert known_noise_scale(noise(status=Status.INDETERMINATE)) is None
     assert known_noise_scale(None) is None
     assert known_noise_scale(noise(80.0).model_copy(update={"value": 0.0, "low": 0.0, "high": 0.0})) is None
+
+
+def test_rate_over_size_is_raised_to_twice_that_of_the_tuned_rate_and_no_further():
+    limit, sizes = rate_limit(workload(lr_batch_size=64), 30.0), (8, 32, 64, 256)
+
+    highest = [rate_factor("SGD", 30.0, 64, size) * float(limit.over_rule(np.array([size]))[0]) for size in sizes]
+
+    assert [lr / (size / 64) for lr, size in zip(highest[1:], sizes[1:], strict=True)] == pytest.approx([HOTTEST] * 3)
+    assert limit.over_rule(np.array([8.0]))[0] > 1
+
+
+def test_the_rules_own_rate_is_always_allowed():
+    limit = rate_limit(workload(lr_batch_size=1024), 10.0)
+
+    assert limit.over_rule(np.array([8.0]))[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "noise_scale"), [({"optimizer": "AdamW"}, 30.0), ({"lr_batch_size": None}, 30.0), ({"optimizer": "SGD"}, None)]
+)
+def test_no_limit_is_known_without_what_it_rests_on(changes, noise_scale):
+    assert rate_limit(workload(**changes), noise_scale) is None

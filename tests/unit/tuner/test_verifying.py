@@ -185,6 +185,14 @@ def test_learning_rates_of_the_branches_follow_the_size():
     assert factors[32] < factors[64] < 1 < factors[256]
 
 
+def test_no_branch_has_more_than_twice_the_tuned_rate_over_its_size():
+    plan = plan_verification(findings(scale=20.0), 60.0)
+
+    hottest = {size: max(b.lr_over_rule for b in plan.branches if b.global_batch_size == size) for size in (64, 128, 256)}
+    assert max(branch.lr_factor * 128 / branch.global_batch_size for branch in plan.branches if branch.global_batch_size >= 64) <= 2 + 1e-9
+    assert hottest[64] < hottest[128] == hottest[256] == 2
+
+
 def test_a_tested_rate_takes_the_place_of_the_workloads_own():
     tested = LrRange(value=0.4, low=0.2, high=0.8, n=5, status=Status.OK, batch_size=64, optimizer="SGD", divergence_edge=None, verdicts=())
 
