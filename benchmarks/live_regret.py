@@ -46,7 +46,7 @@ SIZES = tuple(2**power for power in range(4, 12))
 SEEDS = 3
 BUDGET_SHARE = 0.08
 """Budget of `find` over the cost of the sweep: starting its process has to fit below a tenth too."""
-LEAST_BUDGET_S = 5.0
+LEAST_BUDGET_S = 4.0
 SCORED_SEEDS = range(100, 112)
 """With these every policy is trained, the sweep's best too: with the seeds that chose it, the best of a sweep looks better than it is."""
 ASKS = 5

@@ -104,7 +104,7 @@ def find(
     Args:
         workload: What is trained.
         goal: What to have least of: ``time``, ``samples`` or ``energy`` to a target; or ``accuracy``, near the least time.
-        budget: Time that the measurements may take, such as ``2m``.
+        budget: Time that the measurements may take once the workload is loaded, such as ``2m``; half as long again on a busy machine.
         limit: Most memory that training may use, such as ``24GiB``; ``None`` takes what is free.
         max_batch: Largest micro-batch to consider, in samples.
         max_global_batch: Largest global batch to consider, in samples.

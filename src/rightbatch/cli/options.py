@@ -66,7 +66,7 @@ class MeasureOptions:
     limit: Annotated[Size | None, Parameter(show_default=False)] = None
     """Most memory that training may use, such as 24GiB; without it, what the device has free."""
     budget: Annotated[Duration, Parameter(show_default=lambda _: "2m")] = 120.0
-    """Time that all measurements together may take, such as 90s or 2m."""
+    """Time that all measurements together may take once the workload is loaded, such as 90s or 2m; half as long again on a busy machine."""
     seed: NotNegative = 0
     """Seed of everything that is drawn."""
     threads: Positive | None = None

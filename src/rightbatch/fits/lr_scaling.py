@@ -18,7 +18,7 @@ LrRule: TypeAlias = Literal["saturating linear", "square root", "saturating powe
 SATURATION = 2.0
 """Size beyond which tuned rates of SGD stop growing, over the noise scale along a pilot (docs/decisions/023-rates-in-the-check.md)."""
 HOTTEST = 2.0
-"""Most that the check may raise rate over size above the user's own (docs/decisions/024-how-hot-the-check-may-go.md)."""
+"""Most that the check may raise rate over size above the user's own (docs/decisions/025-how-hot-the-check-may-go.md)."""
 SGD_FAMILY = frozenset({"SGD", "ASGD"})
 ADAPTIVE_FAMILY = frozenset({"Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "RMSprop"})
 _POWERS = {"LARS": (0.39, 0.30), "LAMB": (0.70, 0.56)}

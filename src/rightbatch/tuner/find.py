@@ -144,6 +144,7 @@ def _follow(asked: _Asked) -> FoundRun:
         measuring = Measuring(_builder(asked), asked.request, asked.progress, asked.clock_s)
         with closing(measuring):  # before the wait: what this rank's child holds would disturb the first rank's timings
             summary, _ = measuring.describe()
+            measuring.start_budget()
             _memory(measuring, asked, summary, measuring.share_s(Part.MEMORY, waiting))
     findings = Findings.model_validate_json(asked.ranks.share_text(str, stage=_FINDINGS))
     return FoundRun(findings=findings, folder=None, rank=asked.ranks.rank)
@@ -239,6 +240,7 @@ def _measure(asked: _Asked, kept: Kept, waiting: frozenset[Part]) -> float:
             manifest = _manifest(source, request, kept, asked.command, code_files)
             kept.write_manifest(manifest)
             untuned = parts_of(request, summary) - request.parts - {Part(name) for name in kept.part_names}
+            measuring.start_budget()
             _measure_parts(measuring, asked, kept, waiting | untuned, summary)
         except KeyboardInterrupt as error:
             if manifest is not None:

@@ -51,6 +51,8 @@ SHARES: Mapping[Part, float] = {
 
 _BUDGET_IN_USE = 0.95
 """The rest is for steps that overrun, and for judging."""
+_LEAST_OF_SHARE = 0.5
+"""Of the time that a part was meant to have, it gets so much however late it begins: no part starves because those before it overran."""
 _LARGEST_ROUND_SHARE = 0.1
 """No size is timed whose step alone takes more of the part's time than this."""
 _NEIGHBOURS_SHARE = 0.1
@@ -94,7 +96,7 @@ class Measuring:
             else InProcessHost(build, self._say)
         )
         _load_scipy()
-        self._start_s = clock_s()  # the budget is for the probes: importing and reading the data may take longer than a small one
+        self._all_shares = 0.0
 
     def close(self) -> None:
         """End the host."""
@@ -102,7 +104,7 @@ class Measuring:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds since the workload was loaded."""
+        """Seconds since the budget began."""
         return self._clock_s() - self._start_s
 
     def describe(self) -> tuple[WorkloadSummary, Environment]:
@@ -128,10 +130,24 @@ class Measuring:
         """Run something small beside the workload."""
         return self._required(probe)
 
+    def start_budget(self) -> None:
+        """Count the budget from now: it is for the probes, and getting ready may take longer than a small one."""
+        self._start_s = self._clock_s()
+
     def share_s(self, part: Part, waiting: frozenset[Part]) -> float:
-        """Return the seconds that a part may take: its share of what is left for the parts still waiting."""
-        left_s = max(0.0, _BUDGET_IN_USE * self._request.budget_s - self.elapsed_s)
-        return left_s * SHARES[part] / sum(SHARES[other] for other in waiting)
+        """Return the seconds that a part may take: its share of what is left, or half of what it was meant to have if that is more.
+
+        So the parts together may take half as long again as the budget, beside what each needs for its fewest steps.
+
+        Args:
+            part: The part that begins.
+            waiting: It, and the parts after it; those of the first call divide the budget.
+        """
+        shares = sum(SHARES[other] for other in waiting)
+        self._all_shares = self._all_shares or shares
+        usable_s = _BUDGET_IN_USE * self._request.budget_s
+        left_s = usable_s - self.elapsed_s
+        return max(left_s / shares, _LEAST_OF_SHARE * usable_s / self._all_shares) * SHARES[part]
 
     def memory(
         self, workload: WorkloadSummary, budget_s: float, *, ranks: Ranks | None = None, bucket_bytes: int = 0
@@ -169,7 +185,7 @@ class Measuring:
         scan = self._required(
             partial(step_time.scan, largest=ceiling, budget_s=budget_s * 0.25, affordable_step_s=affordable_s),
         )
-        seconds_a_sample = min(seconds / size for size, seconds in scan)
+        seconds_a_sample = min(seconds / size for size, seconds in (*scan, *ran.items()) if seconds > 0)
         largest = ceiling if ran[ceiling] <= affordable_s else max(scan[-1][0], _power_of_two_below(affordable_s / seconds_a_sample))
         wanted = [size for size in (*_COMMON_SIZES, workload.lr_batch_size or _COMMON_SIZES[0]) if size <= largest]
         sizes = step_time_fit.candidate_sizes(scan, largest=min(largest, ceiling), must_include=wanted)
