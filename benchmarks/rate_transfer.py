@@ -2,10 +2,11 @@
 
 Run: python benchmarks/rate_transfer.py [--data cifar10_jpeg.npz] [--only NAME ...]
 
-The workloads of live_regret.py, and its kept trainings. At half, once, twice and four times the size that the rate was tuned at, five rates
-half a doubling apart around the sweep's, eight seeds each. The best rate of every size is carried to every other by
-(1 + f B / b0) / (1 + f B / b) with B the noise scale that `find` measures (median of three): how much more samples it takes there than that
-size's own best rate, in the mean over all pairs. Outside the rates that were trained, the nearest of them counts.
+The workloads of live_regret.py, and its kept trainings. At half, once, twice and four times the size that the rate was tuned at, five
+rates half a doubling apart around the sweep's, eight seeds each. The best rate of every size is carried to every other by (1 + f B / b0) /
+(1 + f B / b) with B the noise scale that `find` measures (median of three): how much more samples it takes there than that size's own best
+rate, in the mean over all pairs. Outside the rates that were trained, the nearest of them counts. Then what every rate took, beside how
+hot it is: rate over size, over that of the workload's own rate.
 """
 
 import math
@@ -42,6 +43,8 @@ class Rates:
 
     log_rates: FloatArray
     log_samples: FloatArray
+    missed: tuple[int, ...]
+    """Seeds that did not reach the target, by rate."""
 
     @property
     def best(self) -> float:
@@ -64,11 +67,12 @@ def trained(question: Question) -> dict[int, Rates]:
     for size in (int(share * question.base_size) for share in SIZES):
         if size in tuned:
             rates = [tuned[size].lr * factor for factor in RATES]
-            samples = [
-                mean(training.samples_to_target or most for seed in SEEDS for training in question.truth.seeds(size, rate, [seed], most))
+            ends = [
+                [training.samples_to_target for seed in SEEDS for training in question.truth.seeds(size, rate, [seed], most)]
                 for rate in rates
             ]
-            found[size] = Rates(np.log(rates), np.log(samples))
+            samples = [mean(end or most for end in of_rate) for of_rate in ends]
+            found[size] = Rates(np.log(rates), np.log(samples), tuple(of_rate.count(None) for of_rate in ends))
     return found
 
 
@@ -102,6 +106,13 @@ def main() -> int:
         up, down = (mean(loss for (base, size), loss in pairs if (size > base) is upwards) for upwards in (True, False))
         own = "  ".join(f"{mean(found.values()):{len(name)}.1%}" for name, found in by_name.items())
         print(f"  {factor:6.1f} {up:10.1%} {down:11.1%} {mean(loss for _, loss in pairs):6.1%}  {own}")
+    print("samples over the size's least, and seeds that missed the target, by rate over size over the workload's own")
+    for question in asked:
+        own_heat = question.trainer.base_lr / question.base_size
+        for size, entry in rates[question.name].items():
+            heats, over = np.exp(entry.log_rates) / size / own_heat, np.exp(entry.log_samples - entry.log_samples.min())
+            shown = "  ".join(f"{h:5.2f}: {o:.2f} {m or '-'}" for h, o, m in zip(heats, over, entry.missed, strict=True))
+            print(f"  {question.name:13} {size:4}  {shown}")
     place = environment(asked[0].trainer.rig(), "in-process")
     where = f"device {place.device_name} · versions {dict(place.versions)} · date {datetime.now(UTC).date()} · threads {place.threads}"
     print(f"{where} · seeds {len(SEEDS)}")

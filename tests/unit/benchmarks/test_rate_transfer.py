@@ -9,7 +9,7 @@ from rate_transfer import Rates, losses
 def bowl(best, *, least=1000.0):
     """Samples that rise with the square of the logarithm of the rate over the best."""
     log_rates = math.log(best) + math.log(2) * np.array([-1.0, -0.5, 0.1, 0.6, 1.1])
-    return Rates(log_rates, math.log(least) + 0.5 * (log_rates - math.log(best)) ** 2)
+    return Rates(log_rates, math.log(least) + 0.5 * (log_rates - math.log(best)) ** 2, (0,) * len(log_rates))
 
 
 def test_the_best_rate_is_found_between_those_that_were_trained():
