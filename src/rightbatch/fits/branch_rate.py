@@ -1,6 +1,7 @@
 """The learning rate that branches ask for, over the one that couples to the size by the rule."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -70,5 +71,15 @@ def _given(curves: CurveDraws, rates: RateDraws, size: FloatArray) -> float:
     tried = np.geomspace(min(rates.tried), max(rates.tried), _RATES)
     if rates.limit is not None:
         tried = np.minimum(tried, rates.limit.over_rule(size))
-    log_cost = curves.log_rate_cost(np.repeat(size, _RATES), tried)
+    tried = _beside_none_that_failed(tried, [(rate, has_failed) for at, rate, has_failed in rates.branches if at == size[0]])
+    log_cost = curves.log_rate_cost(np.repeat(size, len(tried)), tried)
     return float(tried[np.exp(np.minimum(log_cost, _LARGEST_LOG_COST)).mean(axis=0).argmin()])
+
+
+def _beside_none_that_failed(rates: FloatArray, trained: Sequence[tuple[float, bool]]) -> FloatArray:
+    """Leave out the rates that lie nearest to one that failed at their size; all stay where that leaves none."""
+    if not trained:
+        return rates
+    distance = np.abs(np.log(rates[:, None] / np.array([rate for rate, _ in trained])[None, :]))
+    kept = rates[~np.array([has_failed for _, has_failed in trained])[distance.argmin(axis=1)]]
+    return kept if len(kept) else rates

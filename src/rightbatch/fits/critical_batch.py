@@ -125,8 +125,11 @@ def curves_of(
     at_checkpoint, over_run = branch_curves(belief, middle=results[0].global_batch_size, rng=rng)
     weights = weigh(at_checkpoint, results).weights
     drawn = over_run.rows(rng.choice(n_draws, n_draws, p=weights))
-    tried = {result.lr_over_rule for result in results if result.outcome is not ProbeOutcome.FAILED}
-    return replace(drawn, rates=None if drawn.rates is None else replace(drawn.rates, tried=tuple(sorted(tried)), limit=limit))
+    if drawn.rates is None:
+        return drawn
+    trained = tuple((result.global_batch_size, result.lr_over_rule, result.outcome is ProbeOutcome.FAILED) for result in results)
+    tried = tuple(sorted({rate for _, rate, has_failed in trained if not has_failed}))
+    return replace(drawn, rates=replace(drawn.rates, tried=tried, branches=trained, limit=limit))
 
 
 def branch_curves(belief: CriticalBelief, *, middle: float, rng: np.random.Generator) -> tuple[CurveDraws, CurveDraws]:

@@ -84,6 +84,8 @@ class RateDraws:
     size: float
     tried: tuple[float, ...] = ()
     """Rates over the rule's that trained without failing, by which the draws are weighed; none before that."""
+    branches: tuple[tuple[int, float, bool], ...] = ()
+    """Size, rate over the rule's, and whether it failed, of everything that trained."""
     limit: RateLimit | None = None
     """What no rate is raised above."""
 

@@ -46,6 +46,17 @@ def test_no_rate_is_raised_above_the_limit_of_its_size():
     assert log_rate_loss(limited, np.array([32.0])).mean() > log_rate_loss(hot, np.array([32.0])).mean() + 0.03
 
 
+def test_no_rate_beside_one_that_failed_at_its_size_is_given():
+    found = curves(1.5, tried=(0.5, 1.0, 2.0), log_sd=0.01)
+    between = replace(found, rates=replace(found.rates, branches=((64, 1.0, False), (64, 1.4, True), (64, 2.0, False))))
+    alone = replace(found, rates=replace(found.rates, branches=((64, 1.4, True),)))
+
+    assert best_rate(found, 64).value == pytest.approx(1.5, rel=0.05)
+    assert best_rate(between, 64).value == pytest.approx(math.sqrt(1.4 * 2), rel=0.04)
+    assert best_rate(between, 32).value == pytest.approx(1.5, rel=0.05)
+    assert best_rate(alone, 64).value == pytest.approx(1.5, rel=0.05)
+
+
 def test_one_rate_says_nothing():
     assert best_rate(curves(2.0, tried=(1.0,)), 64) is None
     assert best_rate(replace(curves(2.0), rates=None), 64) is None
