@@ -127,7 +127,7 @@ def test_a_schedule_by_a_word_or_as_a_record(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "positive number of epochs or of samples"),
+        ({}, "positive, finite number of epochs or of samples"),
         ({"epochs": 1, "dynamic": True}, "is proposed from the findings of a run"),
         ({"epochs": 1, "resume": True}, "needs its folder; got none"),
         ({"epochs": 1, "target": "good"}, "a target is loss<=VALUE"),

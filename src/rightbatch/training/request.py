@@ -1,5 +1,6 @@
 """What is asked of a training; imports nothing heavy, so that the command line can build one before torch is loaded."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,7 +21,7 @@ class TrainingRequest(RunRequest):
     """Everything that changes how a training goes, or where it is kept.
 
     Raises:
-        UsageError: Not exactly one of ``epochs`` and ``samples`` is given, or one is not positive.
+        UsageError: Not exactly one of ``epochs`` and ``samples`` is given, or one is not positive and finite.
     """
 
     plan: BatchPlan
@@ -56,9 +57,9 @@ class TrainingRequest(RunRequest):
 
     def __post_init__(self) -> None:
         lengths = [length for length in (self.epochs, self.samples) if length is not None]
-        if len(lengths) != 1 or lengths[0] <= 0:
+        if len(lengths) != 1 or not 0 < lengths[0] < math.inf:
             raise UsageError(
-                f"a training needs a positive number of epochs or of samples; got epochs {self.epochs} and samples {self.samples}; "
+                f"a training needs a positive, finite number of epochs or of samples; got epochs {self.epochs} and samples {self.samples}; "
                 "give one, such as --epochs 10."
             )
         for name in ("evaluate_every", "threads"):

@@ -1,6 +1,7 @@
 """A training ends where it should, goes on bit by bit, and says what it cannot do."""
 
 import dataclasses
+import math
 import os
 import random
 import signal
@@ -426,9 +427,11 @@ def test_what_cannot_be_trained_is_said(name: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "needs a positive number of epochs or of samples"),
+        ({}, "needs a positive, finite number of epochs or of samples"),
         ({"epochs": 1, "samples": 5}, "give one, such as --epochs 10"),
-        ({"epochs": 0}, "needs a positive number"),
+        ({"epochs": 0}, "needs a positive, finite number"),
+        ({"epochs": math.inf}, "got epochs inf"),
+        ({"samples": math.nan}, "samples nan"),
         ({"epochs": 1, "evaluate_every": 0}, "evaluate_every must be at least 1; got 0"),
         ({"epochs": 1, "noise_every": -1}, "noise_every must be at least 1, or 0 not to measure; got -1"),
         ({"epochs": 1, "resume": True}, "needs its folder; got none"),
