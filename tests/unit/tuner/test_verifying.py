@@ -1,11 +1,14 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from oracles.oracle_curves import ENVIRONMENT, law_s, timed, workload
 from rightbatch.fits.branch import CHANCE_LOG_ERROR
-from rightbatch.fits.critical_batch import GROWTH_WITH_PILOT_MEDIAN
+from rightbatch.fits.branch_rate import best_rate
+from rightbatch.fits.critical_batch import BEST_RATE_MEDIAN, GROWTH_WITH_PILOT_MEDIAN
+from rightbatch.fits.lr_scaling import HOTTEST, rate_factor
 from rightbatch.fits.step_time import fit_step_time
 from rightbatch.fits.tradeoff import draw_costs, fit_tradeoff
 from rightbatch.recommend.decision import recommend
@@ -109,9 +112,7 @@ def test_training_moves_the_rate_towards_the_planted_best_one(best_rate):
 
 def test_a_size_far_from_those_trained_is_charged_for_what_its_rate_may_be_off():
     measured = carry_out(plan_verification(findings(), 60.0), 400.0)
-    given = {"loader": None, "noise_scale": noise(100.0), "memory": None, "workload": workload(), "constraints": Constraints()}
-    timings = fit_step_time(timed({b: law_s(b, FIXED_S, RATE) for b in SIZES}))
-    draws = draw_costs(step_time=timings, **given, branches=measured, rng=np.random.default_rng(0))
+    draws = drawn_after(measured, 100.0)
     sizes = np.array([measured.probes[0].result.global_batch_size, 16 * measured.probes[0].result.global_batch_size], dtype=np.float64)
 
     charged = draws.steps(sizes) * sizes / draws.critical_batch_size[:, None] / np.exp(draws.curves.log_samples(sizes))
@@ -191,6 +192,40 @@ def test_no_branch_has_more_than_twice_the_tuned_rate_over_its_size():
     hottest = {size: max(b.lr_over_rule for b in plan.branches if b.global_batch_size == size) for size in (64, 128, 256)}
     assert max(branch.lr_factor * 128 / branch.global_batch_size for branch in plan.branches if branch.global_batch_size >= 64) <= 2 + 1e-9
     assert hottest[64] < hottest[128] == hottest[256] == 2
+
+
+def drawn_after(measured, scale):
+    given = {"loader": None, "noise_scale": noise(scale), "memory": None, "workload": workload(), "constraints": Constraints()}
+    timings = fit_step_time(timed({b: law_s(b, FIXED_S, RATE) for b in SIZES}))
+    return draw_costs(step_time=timings, **given, branches=measured, rng=np.random.default_rng(0))
+
+
+def test_the_rate_of_a_small_size_stays_below_twice_the_tuned_one_over_its_size():
+    curves = drawn_after(carry_out(plan_verification(findings(scale=20.0), 60.0), 400.0, best_rate=2.0), 20.0).curves
+
+    given = best_rate(curves, 64).value * rate_factor("SGD", 20.0, 128, 64)
+    assert given / (64 / 128) == pytest.approx(HOTTEST, rel=1e-3)
+    assert best_rate(replace(curves, rates=replace(curves.rates, limit=None)), 64).value > 1.05 * best_rate(curves, 64).value
+
+
+def test_a_rate_that_failed_at_the_chosen_size_is_not_given_though_rates_about_it_trained():
+    measured = carry_out(plan_verification(findings(), 60.0), 400.0, best_rate=1.0)
+    first = measured.probes[0].result
+    given = best_rate(drawn_after(measured, 100.0).curves, first.global_batch_size).value
+    failing = first.model_copy(update={"lr_over_rule": given, "outcome": ProbeOutcome.FAILED})
+    with_failing = (*measured.probes, measured.probes[0].model_copy(update={"result": failing}))
+
+    after = best_rate(drawn_after(measured.model_copy(update={"probes": with_failing}), 100.0).curves, first.global_batch_size).value
+
+    trained = [p.result for p in with_failing if p.result.global_batch_size == first.global_batch_size]
+    assert min(trained, key=lambda result: abs(math.log(after / result.lr_over_rule))).outcome is not ProbeOutcome.FAILED
+
+
+def test_chance_and_the_median_of_the_best_rate_are_counted_in_what_to_train_next():
+    candidates = plan_verification(findings(), 60.0).candidates
+
+    assert candidates.log_error == CHANCE_LOG_ERROR
+    assert np.exp(np.median(candidates.curves.rates.log_best)) == pytest.approx(BEST_RATE_MEDIAN, rel=0.03)
 
 
 def test_a_tested_rate_takes_the_place_of_the_workloads_own():
